@@ -1,0 +1,263 @@
+"""Files of weights: DiT's and FineDiffusion's checkpoints, our adapters and training states.
+
+An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a description:
+model, image size, method, hierarchy with class names, step, and the SHA-256 of the base file they belong to. Without a base it
+holds the whole model. A training state is a safetensors file too; nothing here is ever pickled.
+"""
+
+import argparse
+import json
+import pickle
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from finetune import METHODS, add_gammas, kind_of
+from hierarchy import Hierarchy
+from models import DiT_models
+from runtime import sha256, write_whole
+
+DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
+DIT_FILES = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
+DIT_FOLDER = Path("pretrained_models")
+ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
+TABLE = "y_embedder.embedding_table.weight"
+GET = "download it again, or name another file"
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata as a dict) of a safetensors file; ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
+
+
+def read_pickle(path):
+    """What `torch.save` wrote, if it holds only tensors, plain values and argparse.Namespace; no code in it is run."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zip_file(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "GLOBAL" in reason:
+            raise ValueError(
+                f"{path} holds pickled code, which is not run, expected tensors only: convert it to safetensors "
+                "where you trust it."
+            ) from None
+        raise ValueError(f"{path} is no checkpoint that torch can read, expected DiT's form: {GET}.") from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): {GET}.") from None
+
+
+def zip_file(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def read(path):
+    """({name: tensor}, description) of any file of weights; the description is {} for those of others.
+
+    Of {"model", "ema", "opt", "args"} the EMA is taken. ValueError where the file is absent, damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}, expected weights: check the path.")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    record = read_pickle(path)
+    if isinstance(record, dict):
+        record = record.get("ema", record.get("model", record))
+    if not isinstance(record, dict) or not record or not all(map(torch.is_tensor, record.values())):
+        raise ValueError(
+            f"{path} holds {type(record).__name__}, expected tensors by name, or a dict with \"ema\" or \"model\": {GET}."
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in record.items()}, {}
+
+
+def find(name):
+    """Path of the file `name`; DiT's own two are downloaded to `pretrained_models/` when absent."""
+    path = Path(name)
+    if path.is_file() or path.name not in DIT_FILES:
+        return path
+    path = DIT_FOLDER / path.name
+    if not path.is_file():
+        write_whole(path, lambda part: download(DIT_URL + path.name, part))
+    return path
+
+
+def download(url, path):
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as file:
+            size = int(reply.headers["Content-Length"])
+            with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if path.stat().st_size != size:
+            raise OSError(f"it ended after {path.stat().st_size} of {size} bytes")
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path."
+        ) from None
+
+
+# ---- building and loading ---------------------------------------------------------------------------------------------
+
+
+def build(description, class_dropout_prob=0.1):
+    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder", "method"."""
+    hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
+    model = DiT_models[description["model"]](
+        input_size=description["latent_size"],
+        in_channels=description["channels"],
+        num_classes=hierarchy.num_classes,
+        num_super_classes=hierarchy.num_super_classes if tiered else 1,
+        parents=hierarchy.parents if tiered and hierarchy.has_parents else None,
+        class_dropout_prob=class_dropout_prob,
+    )
+    add_gammas(model, METHODS[description["method"]].gammas)
+    return model
+
+
+def load(model, tensors, source, new_table=False):
+    """Put `tensors` into `model`; norms may all be absent (a plain DiT), and so may gammas.
+
+    With `new_table` a class table of another shape is left out: the model keeps its own. Returns the names left as they were.
+    ValueError where anything else is missing, unexpected or of another shape, and `source` is named.
+    """
+    own = model.state_dict()
+    tensors = dict(tensors)
+    if new_table and TABLE in tensors and tensors[TABLE].shape != own[TABLE].shape:
+        del tensors[TABLE]
+    absent = [name for name in own if name not in tensors]
+    norms = [name for name in own if kind_of(name) == "norm"]
+    free = {name for name in own if kind_of(name) == "gamma"} | ({TABLE} if new_table else set())
+    if not any(name in tensors for name in norms):
+        free |= set(norms)
+    missing = [name for name in absent if name not in free]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, here {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{label} {first_of(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit this model ({'; '.join(problems)}): choose its --model, --image-size, --num-classes and "
+            "--num-super-classes, or another file."
+        )
+    model.load_state_dict(tensors, strict=False)
+    return absent
+
+
+def first_of(names, most=3):
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def check_adapter(tensors, description, path):
+    if description.get("format") != ADAPTER:
+        raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
+    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
+
+
+def base_weights(description, adapter_path, base=None):
+    """Tensors of the base of an adapter: of the file `base`, else of the one it names; checked by SHA-256."""
+    wanted = description["base"]
+    path = find(base or wanted["path"])
+    if not path.is_file():
+        raise ValueError(
+            f"{adapter_path} needs its base {Path(wanted['path']).name}, but there is no {path}: pass it as --base."
+        )
+    if sha256(path) != wanted["sha256"]:
+        raise ValueError(
+            f"{path} is not the base of {adapter_path} (SHA-256 {sha256(path)[:12]}…, expected {wanted['sha256'][:12]}…): "
+            "pass the file it was trained from as --base."
+        )
+    tensors, _ = read(path)
+    return tensors
+
+
+def load_adapted(path, base=None):
+    """(model, description) of an adapter and its base: the EMA model of the run, bit for bit."""
+    tensors, description = read(path)
+    check_adapter(tensors, description, path)
+    model = build(description)
+    if description["base"]:
+        load(model, base_weights(description, path, base), description["base"]["path"], new_table=True)
+    elif base:
+        raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
+    own = model.state_dict()
+    expected = set(description["trained"]) if description["base"] else set(own)
+    if tensors.keys() != expected or any(tensors[n].shape != own[n].shape for n in expected):
+        raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
+    model.load_state_dict(tensors, strict=False)
+    return model.eval(), description
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_safetensors(path, tensors, metadata):
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(metadata)
+    write_whole(path, lambda part: save_file(tensors, part, metadata={"format": "pt", "json": text}))
+
+
+def save_adapter(path, averages, model, description, dtype=torch.float32):
+    """`averages`: {name: EMA of a trained parameter}. Without a base the model's other tensors are written too."""
+    tensors = dict(averages) if description["base"] else model.state_dict() | averages
+    metadata = description | {
+        "format": ADAPTER,
+        "hierarchy": description["hierarchy"].to_dict(),
+        "trained": sorted(averages),
+    }
+    save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, metadata)
+
+
+def save_state(path, parameters, averages, optimizer, description):
+    """All that the rest of a training depends on: parameters, averages and AdamW's moments, by parameter name."""
+    tensors = {f"now/{name}": p for name, p in parameters.items()}
+    tensors |= {f"average/{name}": a for name, a in averages.items()}
+    for name, p in parameters.items():
+        moments = optimizer.state.get(p, {})
+        tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if moments}
+    metadata = description | {"format": STATE, "hierarchy": description["hierarchy"].to_dict()}
+    save_safetensors(path, tensors, metadata)
+
+
+@torch.no_grad()
+def load_state(path, parameters, averages, optimizer):
+    """Put a training state back; returns its description. ValueError where it belongs to another run."""
+    tensors, description = read(path)
+    kinds = ("now", "average", "exp_avg", "exp_avg_sq")
+    expected = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in kinds}
+    if description.get("format") != STATE or {n: t.shape for n, t in tensors.items()} != expected:
+        raise ValueError(
+            f"{path} is no training state of this model and method: continue with the settings it was begun with."
+        )
+    step = torch.tensor(float(description["step"]))
+    for name, p in parameters.items():
+        p.copy_(tensors[f"now/{name}"])
+        averages[name].copy_(tensors[f"average/{name}"])
+        moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": step.clone(), **moments}
+    return description

@@ -1,0 +1,392 @@
+"""The Gaussian diffusion process: noising, the training loss, and the DDPM and DDIM samplers.
+
+Equation numbers: DDPM is arXiv 2006.11239, improved DDPM is arXiv 2102.09672, DDIM is arXiv
+2010.02502. alpha_bar_t is DDPM's; DDIM writes alpha_t for it.
+
+Shapes: x is (N, C, ...), t is (N,) int64 in 0..num_timesteps-1. A model is called as
+`model(x, t, **model_kwargs)` with original timesteps and returns (N, C, ...), or (N, 2C, ...) when
+it chooses the variance too. Half-precision model outputs are brought to float32 first.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+def named_betas(schedule, num_timesteps):
+    """Noise variances beta_t: (num_timesteps,) float64, in (0, 1].
+
+    "linear" is DDPM's 1e-4..0.02 at 1000 steps, stretched to keep alpha_bar's ends at any other
+    number; "squaredcos_cap_v2" is improved DDPM, eq. 17, with beta capped at 0.999.
+    Raises ValueError for another name, or where the schedule leaves (0, 1].
+    """
+    if schedule == "linear":
+        stretch = 1000 / num_timesteps
+        betas = np.linspace(stretch * 1e-4, stretch * 0.02, num_timesteps, dtype=np.float64)
+    elif schedule == "squaredcos_cap_v2":
+        time = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+        alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    else:
+        raise ValueError(
+            f'Found noise schedule "{schedule}", expected "linear" or "squaredcos_cap_v2".'
+        )
+    if betas.max() >= 1:
+        raise ValueError(
+            f"Found {num_timesteps} diffusion steps, expected more than 20 for the linear schedule: "
+            "with fewer a beta reaches 1."
+        )
+    return betas
+
+
+class Coefficients(NamedTuple):
+    """What the formulas need of the schedule at t; every field (num_timesteps,) or (N, 1, ..)."""
+
+    sqrt_alphas_cumprod: object
+    sqrt_one_minus_alphas_cumprod: object
+    sqrt_recip_alphas_cumprod: object
+    sqrt_recipm1_alphas_cumprod: object
+    posterior_mean_coef1: object
+    posterior_mean_coef2: object
+    posterior_variance: object
+    posterior_log_variance_clipped: object
+    log_betas: object
+    fixed_log_variance: object
+
+
+class Transition(NamedTuple):
+    """x_{t-1} = x0_scale x_0 + x_scale x_t + sigma noise."""
+
+    x0_scale: object
+    x_scale: object
+    sigma: object
+
+
+class GaussianDiffusion:
+    """A diffusion process over all timesteps of `betas`.
+
+    betas: (num_timesteps,), in (0, 1). predict_xstart: the model gives x_0, not the noise.
+    variance: "learned" (a model of 2C channels), "fixed_small" (beta~_t) or "fixed_large" (beta_t).
+    loss: "hybrid" (squared error, plus the bound where the variance is learned), "rescaled_hybrid"
+        (the bound times num_timesteps / 1000) or "kl" (the bound alone, times num_timesteps).
+
+    The schedule's attributes are (num_timesteps,) float64 arrays.
+    """
+
+    def __init__(self, *, betas, predict_xstart=False, variance="learned", loss="hybrid"):
+        assert variance in ("learned", "fixed_small", "fixed_large"), variance
+        assert loss in ("hybrid", "rescaled_hybrid", "kl"), loss
+        self.predict_xstart, self.variance, self.loss = predict_xstart, variance, loss
+        self.betas = betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"Found betas of shape {betas.shape} from {betas.min()} to {betas.max()}, expected "
+                "one row of numbers between 0 and 1."
+            )
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = ab = np.cumprod(1.0 - betas)
+        self.alphas_cumprod_prev = prev = np.append(1.0, ab[:-1])
+
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 7. Its variance is 0 at t = 0, and its log there is t = 1's.
+        self.posterior_variance = betas * (1.0 - prev) / (1.0 - ab)
+        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = np.sqrt(prev) * betas / (1.0 - ab)
+        self.posterior_mean_coef2 = np.sqrt(1.0 - betas) * (1.0 - prev) / (1.0 - ab)
+
+        # Tables in float64: name -> (rows, num_timesteps); and on devices: + device, dtype.
+        large = np.log(np.append(first, betas[1:]))
+        small = self.posterior_log_variance_clipped
+        schedule = Coefficients(
+            sqrt_alphas_cumprod=np.sqrt(ab),
+            sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - ab),
+            sqrt_recip_alphas_cumprod=np.sqrt(1.0 / ab),
+            sqrt_recipm1_alphas_cumprod=np.sqrt(1.0 / ab - 1.0),
+            posterior_mean_coef1=self.posterior_mean_coef1,
+            posterior_mean_coef2=self.posterior_mean_coef2,
+            posterior_variance=self.posterior_variance,
+            posterior_log_variance_clipped=small,
+            log_betas=np.log(betas),
+            fixed_log_variance=small if variance == "fixed_small" else large,
+        )
+        self._tables = {"schedule": np.stack(schedule)}
+        self._tables_on = {}
+
+    def model_timesteps(self, t):
+        """(N,) timesteps of this process -> (N,) timesteps that the model was trained on."""
+        return t
+
+    def _rows(self, table, t, x):
+        """The table's rows at t, each (N, 1, ..) against x; float32, or float64 where x is."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = table, t.device, dtype
+        if key not in self._tables_on:
+            self._tables_on[key] = torch.tensor(self._tables[table], dtype=dtype, device=t.device)
+        rows = self._tables_on[key][:, t]
+        return rows.reshape(*rows.shape, *[1] * (x.ndim - 1)).unbind()
+
+    def _at(self, t, x):
+        return Coefficients(*self._rows("schedule", t, x))
+
+    # ---- the forward process ----------------------------------------------------------------
+
+    def q_sample(self, x_start, t, noise=None):
+        """A sample of q(x_t | x_0), DDPM eq. 4: (N, C, ...) -> (N, C, ...)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        c = self._at(t, x_start)
+        return c.sqrt_alphas_cumprod * x_start + c.sqrt_one_minus_alphas_cumprod * noise
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """q(x_{t-1} | x_t, x_0), DDPM eq. 7: mean, variance and clipped log variance, as x_t."""
+        c = self._at(t, x_t)
+        mean = self._posterior_mean(c, x_start, x_t)
+        log_variance = c.posterior_log_variance_clipped
+        return mean, c.posterior_variance.expand_as(mean), log_variance.expand_as(mean)
+
+    def _posterior_mean(self, c, x_start, x_t):
+        return c.posterior_mean_coef1 * x_start + c.posterior_mean_coef2 * x_t
+
+    # ---- the model's share ------------------------------------------------------------------
+
+    def _output(self, model, x, t, model_kwargs):
+        """The model's prediction (N, C, ...) and its variance channels, (N, C, ...) or None."""
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        output = output.to(torch.promote_types(x.dtype, torch.float32))
+        channels = x.shape[1] * (2 if self.variance == "learned" else 1)
+        if output.shape != (len(x), channels, *x.shape[2:]):
+            raise ValueError(
+                f"Found a model output of shape {tuple(output.shape)} for x of {tuple(x.shape)}, "
+                f"expected {channels} channels: create model and diffusion with one learn_sigma."
+            )
+        return output.split(x.shape[1], dim=1) if self.variance == "learned" else (output, None)
+
+    def _distribution(self, c, prediction, v, x, clip_denoised=False, denoised_fn=None):
+        """p(x_{t-1} | x_t) as (mean, log variance, x_0)."""
+        if v is None:
+            log_variance = c.fixed_log_variance.expand_as(x)
+        else:  # improved DDPM eq. 15; v in [-1, 1] goes from beta~_t to beta_t
+            share = (v + 1) / 2
+            log_variance = share * c.log_betas + (1 - share) * c.posterior_log_variance_clipped
+        if self.predict_xstart:
+            x_start = prediction
+        else:  # DDPM eq. 15
+            x_start = c.sqrt_recip_alphas_cumprod * x - c.sqrt_recipm1_alphas_cumprod * prediction
+        x_start = x_start if denoised_fn is None else denoised_fn(x_start)
+        x_start = x_start.clamp(-1, 1) if clip_denoised else x_start
+        return self._posterior_mean(c, x_start, x), log_variance, x_start
+
+    def p_mean_variance(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None
+    ):
+        """p(x_{t-1} | x_t): a dict of "mean", "variance", "log_variance", "pred_xstart", as x.
+
+        denoised_fn is applied to the predicted x_0 first, then clip_denoised limits it to [-1, 1].
+        """
+        prediction, v = self._output(model, x, t, model_kwargs)
+        mean, log_variance, x_start = self._distribution(
+            self._at(t, x), prediction, v, x, clip_denoised, denoised_fn
+        )
+        return {
+            "mean": mean,
+            "variance": log_variance.exp(),
+            "log_variance": log_variance,
+            "pred_xstart": x_start,
+        }
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """The loss of each image at its timestep: a dict of (N,) tensors.
+
+        "mse" is DDPM's L_simple (eq. 14), "vb" the variational bound's term at t in bits per
+        dimension (eq. 5; absent where the variance is fixed and the loss not "kl"), "loss" their
+        sum: L_hybrid (improved DDPM eq. 16). There vb trains the variance alone. L_vlb sums over t,
+        so one t stands for num_timesteps of them; with eq. 16's lambda of 0.001 its weight is
+        num_timesteps / 1000, which is the 1 of "hybrid" at the usual 1000 steps.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        prediction, v = self._output(model, x_t, t, model_kwargs)
+        target = x_start if self.predict_xstart else noise
+        terms = {"mse": _mean_flat((target - prediction) ** 2)}
+        if self.loss == "kl":
+            terms["vb"] = self._bound(x_start, x_t, t, prediction, v)
+            terms["loss"] = terms["vb"] * self.num_timesteps
+        elif v is None:
+            terms["loss"] = terms["mse"]
+        else:
+            weight = self.num_timesteps / 1000 if self.loss == "rescaled_hybrid" else 1.0
+            terms["vb"] = self._bound(x_start, x_t, t, prediction.detach(), v) * weight
+            terms["loss"] = terms["mse"] + terms["vb"]
+        return terms
+
+    def _bound(self, x_start, x_t, t, prediction, v):
+        """One term of DDPM eq. 5, in bits per dimension: L_{t-1}, at t = 0 the decoder's; (N,)."""
+        c = self._at(t, x_t)
+        true_mean = self._posterior_mean(c, x_start, x_t)
+        mean, log_variance, _ = self._distribution(c, prediction, v, x_t)
+        kl = _normal_kl(true_mean, c.posterior_log_variance_clipped, mean, log_variance)
+        nll = -_decoder_log_likelihood(x_start, mean, 0.5 * log_variance)
+        return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
+
+    # ---- one step back ----------------------------------------------------------------------
+
+    def p_sample(
+        self,
+        model,
+        x,
+        t,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        noise_fn=torch.randn_like,
+    ):
+        """x_t -> a sample of p(x_{t-1} | x_t), and the x_0 behind it: "sample", "pred_xstart".
+
+        noise_fn(x) is called at t = 0 too, where its noise is multiplied by 0.
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        sigma = out["variance"].sqrt() * (t != 0).reshape(-1, *[1] * (x.ndim - 1))
+        sample = out["mean"] + sigma * noise_fn(out["mean"])
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model,
+        x,
+        t,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        eta=0.0,
+        noise_fn=torch.randn_like,
+    ):
+        """DDIM's step, eq. 12, as `p_sample`; eta in [0, 1] scales its noise (eq. 16), 0 is none."""
+        if eta not in self._tables:
+            self._tables[eta] = self._ddim_table(eta)
+        prediction, v = self._output(model, x, t, model_kwargs)
+        x_start = self._distribution(
+            self._at(t, x), prediction, v, x, clip_denoised, denoised_fn
+        )[2]
+        step = Transition(*self._rows(eta, t, x))
+        mean = step.x0_scale * x_start + step.x_scale * x
+        return {"sample": mean + step.sigma * noise_fn(mean), "pred_xstart": x_start}
+
+    def _ddim_table(self, eta):
+        """DDIM's transition in float64: (3, num_timesteps); at eta = 1 it is DDPM's eq. 7."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"Found eta={eta}, expected 0 (deterministic) to 1 (as much as DDPM).")
+        ab, prev = self.alphas_cumprod, self.alphas_cumprod_prev
+        sigma = eta * np.sqrt((1.0 - prev) / (1.0 - ab)) * np.sqrt(1.0 - ab / prev)  # eq. 16
+        direction = np.sqrt((1.0 - prev - sigma**2) / (1.0 - ab))  # eq. 7, of (x - sqrt(ab) x_0)
+        return np.stack(Transition(np.sqrt(prev) - direction * np.sqrt(ab), direction, sigma))
+
+    # ---- all the way back -------------------------------------------------------------------
+
+    def p_sample_loop(self, model, shape, noise=None, **options):
+        """DDPM's sampler: the last "sample" of `p_sample_loop_progressive`, with its options."""
+        return _last(self.p_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop(self, model, shape, noise=None, **options):
+        """DDIM's sampler: the last "sample" of `ddim_sample_loop_progressive`, with its options."""
+        return _last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
+
+    def ddim_sample_loop_progressive(self, model, shape, noise=None, eta=0.0, **options):
+        """As `p_sample_loop_progressive`, with DDIM's steps; eta as in `ddim_sample`."""
+        return self.p_sample_loop_progressive(
+            model, shape, noise, step=partial(self.ddim_sample, eta=eta), **options
+        )
+
+    def p_sample_loop_progressive(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        step_noise=None,
+        step=None,
+    ):
+        """From noise to samples, without gradients: yields each step's "sample" and "pred_xstart".
+
+        shape: (N, C, ...). noise: x_T of that shape, by default drawn on `device`, which by default
+        is the model's. progress: show a bar. step_noise(x, i): the noise, shaped as x, that step i
+        adds (i from num_timesteps - 1 down to 0, whose noise is multiplied by 0), in place of
+        torch.randn_like(x); with it each image can have a noise stream of its own. step: the
+        method that makes one step, by default `p_sample`.
+
+        Raises ValueError when a noise has another shape, or when no device can be told.
+        """
+        step = self.p_sample if step is None else step
+        if noise is None:
+            noise = torch.randn(*shape, device=_device(model) if device is None else device)
+        x = _noise_of(shape, noise).to(device, torch.promote_types(noise.dtype, torch.float32))
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
+            noise_fn = torch.randn_like
+            if step_noise is not None:
+                noise_fn = lambda x, i=i: _noise_of(shape, step_noise(x, i))  # noqa: E731
+            with torch.no_grad():
+                t = torch.full((len(x),), i, device=x.device)
+                out = step(
+                    model, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn
+                )
+            yield out
+            x = out["sample"]
+
+
+def _last(steps):
+    for out in steps:
+        pass
+    return out["sample"]
+
+
+def _noise_of(shape, noise):
+    if tuple(noise.shape) != tuple(shape):
+        raise ValueError(
+            f"Found noise of shape {tuple(noise.shape)}, expected {tuple(shape)}: give one noise "
+            "for each sample."
+        )
+    return noise
+
+
+def _device(model):
+    owner = getattr(model, "__self__", model)  # of model.forward_with_cfg, the model
+    if not isinstance(owner, torch.nn.Module):
+        raise ValueError(
+            f"Found neither noise nor device, and {model!r} is no module that has one: pass device."
+        )
+    return next(owner.parameters()).device
+
+
+def _mean_flat(x):
+    """(N, ...) -> (N,): the mean over everything but the batch."""
+    return x.flatten(1).mean(1)
+
+
+def _normal_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
+    ratio = log_variance1 - log_variance2
+    distance = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (ratio.exp() - ratio - 1.0 + distance)
+
+
+def _decoder_log_likelihood(x, mean, log_scale):
+    """log p(x_0 | x_1) in nats, elementwise, DDPM eq. 13: a normal over bins of 8-bit pixels.
+
+    Pixels are in [-1, 1], 2/255 apart, and the end bins are open. Latents are taken for such
+    pixels; their share in the loss is what DiT was trained with.
+    """
+    centered, inverse_scale = x - mean, torch.exp(-log_scale)
+    upper = _normal_cdf(inverse_scale * (centered + 1 / 255)).masked_fill(x > 0.999, 1.0)
+    lower = _normal_cdf(inverse_scale * (centered - 1 / 255)).masked_fill(x < -0.999, 0.0)
+    return torch.log((upper - lower).clamp(min=1e-12))
+
+
+def _normal_cdf(x):
+    # The tanh approximation (that of GELU), not erf: DiT's loss is made with it.
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,92 @@
+"""A diffusion process that walks only some of the timesteps its model was trained on."""
+
+from itertools import accumulate, repeat
+
+import numpy as np
+import torch
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """The set of timesteps, out of 0..num_timesteps-1, that a shorter process keeps.
+
+    section_counts: a number of steps ("250" or 250), spread evenly from the first timestep to the
+        last; several of them ("10,15,25" or a list), one for each of as many equal sections of the
+        timesteps; or "ddimN", N timesteps 0, s, 2s, .. with a whole stride s, as DDIM has them.
+
+    Raises ValueError when the counts cannot be read or do not fit.
+    """
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _whole_stride(num_timesteps, *_integers(section_counts[len("ddim") :], 1))
+    if isinstance(section_counts, str):
+        counts = _integers(section_counts)
+    else:
+        counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
+    if min(counts, default=0) < 0 or sum(counts) == 0:
+        raise ValueError(f"Found step counts {counts}, expected at least one step and none below 0.")
+
+    size, longer = divmod(num_timesteps, len(counts))  # the first `longer` sections hold one more
+    kept, start = set(), 0
+    for section, count in enumerate(counts):
+        length = size + (section < longer)
+        if count > length:
+            raise ValueError(
+                f"Found {count} steps for a section of {length} timesteps, expected at most one "
+                "step per timestep: ask for fewer."
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        # A running sum, not k * stride: where k * stride ends in .5, its last bits choose the
+        # timestep, and a process named "250" has to be the same one in every implementation.
+        offsets = accumulate(repeat(stride, max(count - 1, 0)), initial=0.0)
+        kept.update(start + round(offset) for offset, _ in zip(offsets, range(count)))
+        start += length
+    return kept
+
+
+def _whole_stride(num_timesteps, count):
+    for stride in range(1, num_timesteps + 1):
+        if len(range(0, num_timesteps, stride)) == count:
+            return set(range(0, num_timesteps, stride))
+    raise ValueError(
+        f'Found "ddim{count}", but no whole stride takes {count} of {num_timesteps} timesteps: '
+        "choose another count, such as ddim25, ddim50 or ddim100."
+    )
+
+
+def _integers(text, limit=None):
+    fields = text.split(",")
+    if not all(field.strip().isdecimal() for field in fields) or (limit and len(fields) > limit):
+        raise ValueError(
+            f'Found timestep respacing "{text}", expected a count such as "250", counts such as '
+            '"10,15,25", or "ddim" and one count such as "ddim25".'
+        )
+    return [int(field) for field in fields]
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """The process of `betas`, looked at only at the timesteps `use_timesteps`.
+
+    Every t of its methods counts the kept timesteps, 0..num_timesteps-1; the model gets the
+    original timestep, `timestep_map[t]`. betas: (original_num_steps,), of the whole process.
+    """
+
+    def __init__(self, use_timesteps, *, betas, **kwargs):
+        self.timestep_map = sorted(use_timesteps)
+        self.original_num_steps = len(betas)
+        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < len(
+            betas
+        ):
+            raise ValueError(
+                f"Found timesteps {self.timestep_map}, expected some of 0..{len(betas) - 1}."
+            )
+        # alpha_bar is kept at the kept timesteps; the betas between them follow from it.
+        kept = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
+        super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
+        self._map_on = {}  # device -> (num_timesteps,) int64
+
+    def model_timesteps(self, t):
+        """(N,) positions among the kept timesteps -> (N,) original timesteps."""
+        if t.device not in self._map_on:
+            self._map_on[t.device] = torch.tensor(self.timestep_map, device=t.device)
+        return self._map_on[t.device][t]

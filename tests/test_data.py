@@ -1,0 +1,323 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data import (
+    LATENTS_FORMAT,
+    ImageData,
+    LatentData,
+    StepBatches,
+    center_crop,
+    check_counts,
+    list_images,
+    to_rgb,
+)
+from hierarchy import Hierarchy
+
+GOLDEN = Path(__file__).parent / "golden"
+PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
+VEGFRU = ["veg200_images/carrot/v_13_01_0001.jpg", "veg200_images/carrot/v_13_01_0002.jpg",
+          "veg200_images/chive/v_01_02_0001.jpg", "fru92_images/apple/f_09_01_0001.jpg"]
+
+
+def make(root, *files):
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def relative(paths, root):
+    return [str(Path(path).relative_to(root)) for path in paths]
+
+
+def picture(width, height):
+    y, x, c = np.mgrid[:height, :width, :3]
+    return Image.fromarray(((x * x // 7 + y * (5 + c) + x * y // 11 + 40 * c) % 256).astype("u1"))
+
+
+# ---- listing -------------------------------------------------------------------------------------
+
+
+def test_one_level_is_sorted_and_labelled_by_the_hierarchy(tmp_path):
+    h = Hierarchy(("pug", "beagle", "manx"), ("cats", "dogs"), [1, 1, 0])
+    make(tmp_path, "manx/b.png", "manx/a.JPG", "pug/1.jpeg", "beagle/2.webp", "beagle/1.webp")
+    paths, labels = list_images(tmp_path, h)
+    assert relative(paths, tmp_path) == [
+        "pug/1.jpeg", "beagle/1.webp", "beagle/2.webp", "manx/a.JPG", "manx/b.png"]
+    assert labels.tolist() == [0, 1, 1, 2, 2] and labels.dtype == torch.int64
+
+
+def test_two_levels_take_the_superclass_from_the_hierarchy(tmp_path):
+    make(tmp_path, "cats/manx/1.jpg", "dogs/pug/1.jpg", "dogs/beagle/1.jpg")
+    for h in (PETS, Hierarchy(PETS.classes, ("a", "b"), [0, 0, 1])):
+        paths, labels = list_images(tmp_path, h)
+        assert relative(paths, tmp_path)[0] == "dogs/beagle/1.jpg" and labels.tolist() == [0, 1, 2]
+    paths, labels = list_images(tmp_path, Hierarchy.load(tmp_path))
+    assert relative(paths, tmp_path)[0] == "cats/manx/1.jpg" and labels.tolist() == [0, 1, 2]
+
+
+def test_hidden_and_other_files_are_passed_over(tmp_path):
+    make(tmp_path, "manx/1.jpg", "pug/1.jpg", "beagle/1.jpg", "pug/._1.jpg", "pug/.DS_Store",
+         "pug/notes.txt", ".ipynb_checkpoints/1.jpg", "pug/.ipynb_checkpoints/1.jpg",
+         "hierarchy.json", ".DS_Store")
+    assert list_images(tmp_path, PETS)[1].tolist() == [0, 1, 2]
+
+
+def test_inaturalist_as_it_unpacks_by_name_and_by_number(tmp_path):
+    names = ["00000_Animalia_Chordata_Aves_Passeriformes_Corvidae_Corvus_corax",
+             "00001_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis"]
+    make(tmp_path, *(f"train_mini/{name}/1.jpg" for name in names))
+    numbered = Hierarchy.from_dict({"superclasses": ["Plants", "Birds"], "parents": [1, 0]})
+    for h in (Hierarchy.load(tmp_path), numbered):
+        for root in (tmp_path, tmp_path / "train_mini"):
+            paths, labels = list_images(root, h)
+            assert labels.tolist() == [0, 1] and names[1] in paths[1]
+    with pytest.raises(ValueError, match="lacks 9998 of the 10000 classes of inat2021"):
+        list_images(tmp_path, Hierarchy.load("inat2021"))
+
+
+def test_vegfru_folder_means_its_train_list_and_a_list_means_itself(tmp_path):
+    make(tmp_path, *VEGFRU)
+    h = Hierarchy.load(tmp_path)
+    assert h.classes == ("carrot", "chive", "apple")
+    paths, labels = list_images(tmp_path, h)
+    assert relative(paths, tmp_path) == VEGFRU and labels.tolist() == [0, 0, 1, 2]
+    (tmp_path / "vegfru_list").mkdir()
+    train, val = (tmp_path / f"vegfru_list/vegfru_{name}.txt" for name in ("train", "val"))
+    train.write_text("".join(f"{VEGFRU[i]} {i}\n" for i in (3, 2, 1)))
+    val.write_text("".join(f"./{VEGFRU[i]} {i}\n" for i in (0, 2, 3)))
+    paths, labels = list_images(tmp_path, h)
+    assert relative(paths, tmp_path) == VEGFRU[1:] and labels.tolist() == [0, 1, 2]
+    assert relative(list_images(val, h)[0], tmp_path) == [VEGFRU[0], *VEGFRU[2:]]
+    val.write_text("veg200_images/carrot/v_13_01_0009.jpg 1\n")
+    with pytest.raises(ValueError, match="lacks 1 .*v_13_01_0009.jpg"):
+        list_images(val, h)
+    val.write_text("carrot\n")
+    with pytest.raises(ValueError, match="is not a list of VegFru"):
+        list_images(val, h)
+
+
+@pytest.mark.parametrize("files, words", [
+    ([], "has no class folders"),
+    (["1.jpg", "2.jpg"], "holds images but no folders"),
+    (["manx/1.jpg", "pug/1.jpg", "beagle/.x.jpg"], "beagle has no images in it"),
+    (["manx/1.jpg", "pug/1.jpg", "beagle/1.jpg", "wolf/1.jpg"], r"1 class .*\('wolf'\)"),
+    (["manx/1.jpg"], r"lacks 2 of the 3 classes of pets \('beagle', 'pug'\)"),
+    (["a/manx/1.jpg", "b/manx/1.jpg", "a/pug/1.jpg", "a/beagle/1.jpg"], "'manx' is in .*a and in"),
+    (["cats/manx/1.jpg", "pug/1.jpg", "beagle/1.jpg"], "'cats' has folders in it and"),
+])
+def test_folders_that_do_not_fit(files, words, tmp_path):
+    make(tmp_path, *files)
+    with pytest.raises(ValueError, match=words):
+        list_images(tmp_path, PETS)
+
+
+def test_missing_path_and_file(tmp_path):
+    with pytest.raises(ValueError, match="no image folder .*nowhere"):
+        list_images(tmp_path / "nowhere", PETS)
+    make(tmp_path, "1.jpg", "list.txt")
+    for name in ("1.jpg", "list.txt"):
+        with pytest.raises(ValueError, match="is a file; expected a folder"):
+            list_images(tmp_path / name, PETS)
+
+
+def test_check_counts():
+    check_counts(PETS, 3, 2)
+    check_counts(PETS, None, None)
+    with pytest.raises(ValueError, match="--num-classes is 1000, but pets has 3"):
+        check_counts(PETS, 1000, 2)
+    with pytest.raises(ValueError, match="--num-super-classes is 11, but pets has 2"):
+        check_counts(PETS, 3, 11)
+
+
+# ---- pixels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, expected", load_file(GOLDEN / "center_crop.safetensors").items())
+def test_center_crop_is_adms(key, expected):
+    """Golden: DiT's own crop of `picture(w, h)`; keys are {w}x{h}_{size}."""
+    shape, size = key.split("_")
+    cropped = center_crop(picture(*map(int, shape.split("x"))), int(size))
+    assert cropped.size == (int(size), int(size))
+    assert np.array_equal(np.asarray(cropped), expected.numpy())
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 9), (255, 257), (511, 2), (1023, 400)])
+@pytest.mark.parametrize("size", [1, 8, 17])
+def test_center_crop_has_its_size_whatever_comes(width, height, size):
+    assert center_crop(Image.new("RGB", (width, height)), size).size == (size, size)
+
+
+def test_every_mode_becomes_the_same_rgb(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    rgb = np.repeat(grey[..., None], 3, -1)
+    image = Image.fromarray(grey)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")  # 0..65535
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "p.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    image.save(tmp_path / "l.png")
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as opened:
+            result = to_rgb(opened)
+        assert result.mode == "RGB"
+        assert np.abs(np.asarray(result).astype(int) - rgb).max() <= 1, path.name
+
+
+def images(root):
+    for i, name in enumerate(("manx/1.png", "pug/1.png", "beagle/1.png", "beagle/2.png")):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (255, 51 * i, 0)).save(root / name)
+    return root
+
+
+def test_image_data_items_depend_on_the_index_alone(tmp_path):
+    data = ImageData(images(tmp_path), PETS, 8)
+    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2]
+    image, label = data[1]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 0
+    assert torch.equal(image[0], torch.ones(8, 8)) and torch.equal(image[2], -torch.ones(8, 8))
+    torch.testing.assert_close(image[1], torch.full((8, 8), 3 * 51 / 127.5 - 1))
+    assert all(torch.equal(data[1][0], image) for _ in range(3))
+
+
+def test_image_data_errors(tmp_path):
+    with pytest.raises(ValueError, match="--image-size is 0"):
+        ImageData(images(tmp_path), PETS, 0)
+    (tmp_path / "manx/1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="Cannot read image .*manx/1.png"):
+        ImageData(tmp_path, PETS, 8)[2]
+
+
+def test_unreadable_image_in_a_worker_is_one_sentence(tmp_path):
+    (images(tmp_path) / "manx/1.png").write_bytes(b"no image")
+    data = ImageData(tmp_path, PETS, 8)
+    with pytest.raises(ValueError, match="^Cannot read image .*manx/1.png .*remove it.$"):
+        list(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1))
+
+
+def test_truncated_image_is_named(tmp_path):
+    whole = (images(tmp_path) / "pug/1.png").read_bytes()
+    (tmp_path / "pug/1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="Cannot read image .*pug/1.png"):
+        ImageData(tmp_path, PETS, 8)[3]
+
+
+# ---- latents -------------------------------------------------------------------------------------
+
+
+def latents(root, **change):
+    moments = np.arange(4 * 2 * 8 * 3 * 3, dtype=np.float16).reshape(4, 2, 8, 3, 3)
+    info = {"format": LATENTS_FORMAT, "hierarchy": PETS.to_dict(), "flips": 2, "channels": 4,
+            "size": 3, **change}
+    np.save(root / "moments.npy", moments)
+    np.save(root / "labels.npy", np.array([0, 0, 1, 2]))
+    (root / "latents.json").write_text(json.dumps(info))
+    return moments
+
+
+def test_latent_data_reads_what_was_written(tmp_path):
+    moments = latents(tmp_path)
+    data = LatentData(tmp_path, PETS)
+    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2]
+    item, label = data[2]
+    assert item.dtype == torch.float16 and label == 1
+    assert torch.equal(item, torch.from_numpy(moments[2]))
+    item.zero_()  # a copy, not the file
+    assert torch.equal(data[2][0], torch.from_numpy(moments[2]))
+
+
+def test_latent_data_does_not_pickle_its_array(tmp_path):
+    latents(tmp_path)
+    data = LatentData(tmp_path)
+    np.save(tmp_path / "moments.npy", np.zeros((4, 2, 8, 3, 3), np.float16))
+    assert pickle.loads(pickle.dumps(data))[3][0].abs().max() == 0
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"format": "other"}, "of format 'other', expected"),
+    ({"flips": 1}, r"moments.npy is float16 \(4, 2, 8, 3, 3\), expected float16 \(4, 1, 8, 3, 3\)"),
+])
+def test_latent_data_that_does_not_fit(change, words, tmp_path):
+    latents(tmp_path, **change)
+    with pytest.raises(ValueError, match=words):
+        LatentData(tmp_path)
+
+
+def test_latent_data_of_another_hierarchy_or_unfinished(tmp_path):
+    latents(tmp_path)
+    with pytest.raises(ValueError, match="labelled by another hierarchy"):
+        LatentData(tmp_path, Hierarchy(PETS.classes, PETS.superclasses, [0, 1, 1]))
+    (tmp_path / "latents.json").unlink()
+    with pytest.raises(ValueError, match="holds no latents.json"):
+        LatentData(tmp_path)
+
+
+# ---- the order of a training ---------------------------------------------------------------------
+
+
+def test_an_epoch_is_a_permutation_less_the_incomplete_batch():
+    steps = list(StepBatches(n=23, global_batch=4, seed=1, max_steps=15))
+    assert len(steps) == 15 and {len(rows) for rows in steps} == {4}
+    epochs = [sum(steps[e * 5 : e * 5 + 5], []) for e in range(3)]
+    for rows in epochs:
+        assert len(set(rows)) == 20 and set(rows) <= set(range(23))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_resume_and_another_world_see_the_same_steps():
+    whole = list(StepBatches(50, 12, seed=3, max_steps=11))
+    assert list(StepBatches(50, 12, 3, start_step=6, max_steps=11)) == whole[6:]
+    for world in (2, 3, 4):
+        parts = [StepBatches(50, 12, 3, rank, world, max_steps=11) for rank in range(world)]
+        assert [sum(rows, []) for rows in zip(*parts)] == whole
+    endless = iter(StepBatches(50, 12, 3))
+    assert [next(endless) for _ in range(11)] == whole
+
+
+def test_seed_and_epoch_both_count_and_are_not_exchanged():
+    orders = [next(iter(StepBatches(100, 100, seed, start_step=epoch)))
+              for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)]
+    assert len({tuple(rows) for rows in orders}) == len(orders)
+    assert all(sorted(rows) == list(range(100)) for rows in orders)
+
+
+def test_the_order_stays_the_same_between_releases():
+    assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [
+        [6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
+
+
+def test_length():
+    assert len(StepBatches(10, 5, 0, start_step=3, max_steps=7)) == 4
+    with pytest.raises(TypeError):
+        len(StepBatches(10, 5, 0))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
+    (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
+    (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
+    (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
+    (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
+    (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
+])
+def test_batches_that_cannot_be(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        StepBatches(**arguments)
+
+
+def test_loader_with_workers_gives_the_batches(tmp_path):
+    data = ImageData(images(tmp_path), PETS, 8)
+    batches = StepBatches(4, 2, seed=0, max_steps=3)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1)
+    labels = [y.tolist() for _, y in loader]
+    assert labels == [[int(data.labels[i]) for i in rows] for rows in batches]

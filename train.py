@@ -1,0 +1,390 @@
+"""Fine-tune a DiT to a fine-grained hierarchy of classes.
+
+    torchrun --nproc_per_node=8 train.py --data-path inat/train_mini --resume DiT-XL-2-256x256.pt
+
+Also as plain `python train.py` and under `accelerate launch`, on GPUs or a CPU. Everything random in a step (data order, flips,
+label drops, timesteps, noise) is drawn for the whole global batch from (seed, step); each process takes its rows. So a run that is
+continued, or one on another number of processes, sees the same numbers.
+"""
+
+import argparse
+import json
+import math
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import checkpoint
+from autoencoder import load_autoencoder
+from data import ImageData, LatentData, StepBatches, check_counts
+from diffusion import create_diffusion
+from finetune import EMA, METHODS, select
+from hierarchy import Hierarchy
+from models import DiT_models
+from runtime import check_gpu, run_command, sha256
+from sampling import sample_latents
+
+PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
+PREVIEW_IMAGES = 16
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-path", help="folder of images, see data.py")
+    add("--latents", help="folder that tools.encode_latents wrote, instead of --data-path")
+    add("--hierarchy", help="inat2021, vegfru, a .json file or a folder; default: the data's own")
+    add("--results-dir", default="results")
+    add("--experiment", help="name of the run's folder; the same command again continues the run")
+    add("--resume", help="weights or adapter to start from, state or run folder to continue, or none; default: DiT's own")
+    add("--model", choices=list(DiT_models), default="DiT-XL/2")
+    add("--image-size", type=int, default=256)
+    add("--num-classes", type=int, help="checked against the hierarchy")
+    add("--num-super-classes", type=int, help="checked against the hierarchy")
+    add("--vae", default="mse", help="ema, mse, a local folder, or none (pixels)")
+    add("--method", choices=list(METHODS), default="finediffusion")
+    add("--embedder", choices=["tiered", "null"], help="default: the method's")
+    add("--class-dropout-prob", type=float, default=0.1)
+    add("--table-init", choices=["normal", "mean"], default="normal", help="new class rows: N(0, std^2), or that around the mean of the base's rows")
+    add("--table-std", type=float, default=0.02)
+    add("--lr", type=float, help="default: the method's")
+    add("--table-lr", type=float, help="learning rate of the class table; default: --lr")
+    add("--lr-schedule", choices=["constant", "cosine"], default="constant")
+    add("--clip-grad", type=float, help="largest gradient norm; default: not clipped")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
+    add("--epochs", type=int, default=100)
+    add("--max-steps", type=int, help="instead of --epochs")
+    add("--global-batch-size", type=int, default=256)
+    add("--grad-accum", type=int, default=1, help="parts into which a process cuts its batch")
+    add("--global-seed", type=int, default=0)
+    add("--num-workers", type=int, default=4)
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--compile", action="store_true", help="torch.compile every block")
+    add("--log-every", type=int, default=100)
+    add("--ckpt-every", type=int, default=50_000)
+    add("--dry-run", action="store_true", help="print the settings and parameter counts as JSON, and stop")
+    return parser.parse_args()
+
+
+def check_settings(args):
+    positive = "image_size epochs max_steps global_batch_size grad_accum log_every ckpt_every lr table_lr clip_grad"
+    for name in positive.split():
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number above 0: change it.")
+    for name in ("lr", "table_lr", "clip_grad"):
+        if getattr(args, name) is not None and math.isinf(getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is inf, expected a finite number: change it.")
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"--ema-decay is {args.ema_decay}, expected 0 or more and below 1: change it.")
+    if not args.dry_run and (args.data_path is None) == (args.latents is None):
+        raise ValueError("Expected one of --data-path and --latents, found both or neither: pass one.")
+
+
+def describe(args, hierarchy, autoencoder):
+    """What a model is, and where it came from: the description that adapters and states carry."""
+    method = METHODS[args.method]
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "latent_size": autoencoder.latent_size(args.image_size),
+        "channels": autoencoder.channels,
+        "vae": args.vae,
+        "method": args.method,
+        "embedder": args.embedder or method.embedder,
+        "hierarchy": hierarchy,
+        "base": None,
+        "step": 0,
+    }
+
+
+def dry_run(args):
+    """One JSON object: every setting and what would be trained. Opens no data and allocates no weights."""
+    hierarchy = Hierarchy.load(args.hierarchy or "inat2021")
+    check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    latents = args.vae != "none"
+    description = {
+        "model": args.model,
+        "latent_size": args.image_size // (8 if latents else 1),
+        "channels": 4 if latents else 3,
+        "hierarchy": hierarchy,
+        "method": args.method,
+        "embedder": args.embedder or METHODS[args.method].embedder,
+    }
+    with torch.device("meta"):
+        model = checkpoint.build(description, args.class_dropout_prob)
+    trained = select(model, METHODS[args.method])
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in trained.values())
+    settings = vars(args) | {
+        "lr": args.lr or METHODS[args.method].lr,
+        "embedder": description["embedder"],
+        "num_classes": hierarchy.num_classes,
+        "num_super_classes": hierarchy.num_super_classes,
+        "total_params": total,
+        "trainable_params": count,
+        "trainable_percent": round(100 * count / total, 4),
+    }
+    print(json.dumps(settings, indent=1))
+
+
+# ---- where a run starts -----------------------------------------------------------------------------------------------
+
+
+def starting_file(args):
+    """Path of the weights that a new run starts from, or None for none."""
+    if args.resume == "none":
+        return None
+    default = f"DiT-XL-2-{args.image_size}x{args.image_size}.pt"
+    if args.resume is None and (args.model != "DiT-XL/2" or default not in checkpoint.DIT_FILES):
+        raise ValueError(
+            f"There is no published {args.model} of {args.image_size} pixels to start from: pass --resume FILE, or "
+            "--resume none to start from random weights."
+        )
+    return checkpoint.find(args.resume or default)
+
+
+@torch.no_grad()
+def start(args, model, description):
+    """Fill the model of a new run; the description then names its base."""
+    path = starting_file(args)
+    table = model.y_embedder.embedding_table.weight
+    generator = torch.Generator().manual_seed(args.global_seed)
+    fresh = torch.randn(table.shape, generator=generator) * args.table_std
+    if path is None:
+        table.copy_(fresh)
+        return
+    tensors, found = checkpoint.read(path)
+    if found.get("base"):  # an adapter: go on from its model, which has the same base
+        checkpoint.check_adapter(tensors, found, path)
+        tensors = checkpoint.base_weights(found, path) | tensors
+        description["base"] = found["base"] | {"adapter": str(path)}
+    rows = tensors.get(checkpoint.TABLE)
+    if "pos_embed" in tensors and tensors["pos_embed"].shape != model.pos_embed.shape:
+        raise ValueError(
+            f"{path} is for latents of {math.isqrt(tensors['pos_embed'].shape[1]) * model.patch_size} pixels a side, here "
+            f"they have {model.input_size}: choose its --image-size."
+        )
+    absent = checkpoint.load(model, tensors, path, new_table=True)
+    if checkpoint.TABLE in absent:
+        mean = rows.float().mean(0) if args.table_init == "mean" and rows is not None else 0
+        table.copy_(fresh + mean)
+    description["base"] = description["base"] or {"path": str(path), "sha256": sha256(path)}
+
+
+def run_folder(args, accelerator):
+    """(folder, state to continue from or None)."""
+    resume = Path(args.resume) if args.resume else None
+    if resume and resume.is_dir():
+        folder, state = resume, newest_state(resume)
+        if state is None:
+            raise ValueError(f"{resume} has no training state, expected a run folder of ours: check the path.")
+        return folder, state
+    if resume and resume.parent.name == "states":
+        return resume.parent.parent, resume
+    root = Path(args.results_dir)
+    if args.experiment:
+        folder = root / args.experiment
+        return folder, newest_state(folder)
+    name = f"{args.model.replace('/', '-')}-{args.method}"
+    number = len(list(root.glob("[0-9][0-9][0-9]-*"))) if root.exists() else 0
+    accelerator.wait_for_everyone()  # before anyone makes the folder
+    return root / f"{number:03d}-{name}", None
+
+
+def newest_state(folder):
+    states = sorted(folder.glob("states/*.safetensors"))
+    return states[-1] if states else None
+
+
+# ---- a step -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(args, step, latent_shape, device):
+    """All that is random in a step, for the whole global batch of B: {name: (B, ...)}; a function of (seed, step)."""
+    seed = int(np.random.SeedSequence((args.global_seed, step, 1)).generate_state(1)[0])
+    g = torch.Generator(device).manual_seed(seed)
+    b = args.global_batch_size
+    options = dict(generator=g, device=device)
+    return {
+        "t": torch.randint(0, 1000, (b,), **options),
+        "flip": torch.rand(b, **options) < 0.5 * args.flip,
+        "drop": torch.rand(b, **options) < args.class_dropout_prob,
+        "posterior": torch.randn(b, *latent_shape, **options),
+        "noise": torch.randn(b, *latent_shape, **options),
+    }
+
+
+def latents_of(x, flip, posterior, autoencoder):
+    """Posterior samples (n, C, h, w) of images (n, 3, H, W), or of cached moments of both flips (n, F, 2C, h, w)."""
+    choose = flip.view(-1, 1, 1, 1)
+    if x.ndim == 5:
+        mean, std = torch.where(choose, x[:, -1], x[:, 0]).float().chunk(2, dim=1)
+    else:
+        mean, std = autoencoder.encode_moments(torch.where(choose, x.flip(-1), x))
+    return mean + std * posterior
+
+
+def learning_rate(args, step, steps):
+    """Factor of the learning rate at a step."""
+    return 1.0 if args.lr_schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder, model, ema, optimizer, description, autoencoder):
+    step = f"{description['step']:07d}"
+    checkpoint.save_adapter(folder / f"adapters/{step}.safetensors", ema.average, model, description)
+    checkpoint.save_state(
+        folder / f"states/{step}.safetensors", ema.parameters, ema.average, optimizer, description
+    )
+    classes = model.y_embedder.num_classes
+    labels = np.linspace(0, classes - 1, min(PREVIEW_IMAGES, classes)).round().astype(int)
+    ema.swap()
+    model.eval()
+    latents = sample_latents(model, labels, range(len(labels)), **PREVIEW)
+    model.train()
+    ema.swap()
+    (folder / "samples").mkdir(exist_ok=True)
+    images = autoencoder.decode(latents).clamp(-1, 1)
+    save_image(images, folder / f"samples/{step}.png", nrow=4, normalize=True, value_range=(-1, 1))
+
+
+def train(args):
+    check_settings(args)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    device, main = accelerator.device, accelerator.is_main_process
+    check_gpu(device)
+    autoencoder = load_autoencoder(args.vae, device)
+    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
+    if args.latents:
+        data = LatentData(args.latents, hierarchy)
+        hierarchy = hierarchy or data.hierarchy
+    else:
+        hierarchy = hierarchy or Hierarchy.load(args.data_path)
+        data = ImageData(args.data_path, hierarchy, args.image_size)
+    check_counts(hierarchy, args.num_classes, args.num_super_classes)
+
+    description = describe(args, hierarchy, autoencoder)
+    model = checkpoint.build(description, args.class_dropout_prob)
+    folder, state = run_folder(args, accelerator)
+    method = METHODS[args.method]
+    if state is None:
+        start(args, model, description)
+    else:
+        _, found = checkpoint.read_safetensors(state)
+        description["base"] = found["base"]
+        if found["base"]:
+            checkpoint.load(model, checkpoint.read(checkpoint.find(found["base"]["path"]))[0], found["base"]["path"], True)
+    model.to(device)
+    parameters = select(model, method)
+    ema = EMA(parameters, args.ema_decay)
+    lr = args.lr or method.lr
+    groups = [
+        {"params": [p for n, p in parameters.items() if (n == checkpoint.TABLE) == table], "base_lr": rate}
+        for table, rate in ((False, lr), (True, args.table_lr or lr))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
+    if state is not None:
+        description["step"] = checkpoint.load_state(state, parameters, ema.average, optimizer)["step"]
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+
+    diffusion = create_diffusion("")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(len(data), args.global_batch_size, args.global_seed, rank, world, description["step"])
+    steps = args.max_steps or args.epochs * batches.steps_per_epoch
+    batches.max_steps = steps
+    loader = DataLoader(data, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    mine = slice(rank * args.global_batch_size // world, (rank + 1) * args.global_batch_size // world)
+    latent_shape = (autoencoder.channels, model.input_size, model.input_size)
+
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        count = sum(p.numel() for p in parameters.values())
+        say(folder, f"{folder}: {args.model}, {args.method}, {count:,} trained parameters, {len(data):,} images, {hierarchy!r}")
+    bar = tqdm(total=steps, initial=description["step"], unit="step", disable=not main)
+    sums, logged, since = torch.zeros(3, device=device), description["step"], time.time()
+    for step, (x, y) in enumerate(loader, start=description["step"]):
+        r = {k: v[mine] for k, v in drawn(args, step, latent_shape, device).items()}
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        latents = latents_of(x, r["flip"], r["posterior"], autoencoder)
+        factor = learning_rate(args, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        parts = torch.arange(len(y)).chunk(args.grad_accum)
+        for part in parts:
+            last = part is parts[-1]
+            with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
+                terms = diffusion.training_losses(
+                    wrapped,
+                    latents[part],
+                    r["t"][part],
+                    dict(y=y[part], force_drop_ids=r["drop"][part]),
+                    r["noise"][part],
+                )
+            share = len(part) / len(y)
+            accelerator.backward(terms["loss"].mean() * share)
+            sums += share * torch.stack([terms[k].detach().mean() for k in ("loss", "mse", "vb")])
+        if args.clip_grad:
+            accelerator.clip_grad_norm_(parameters.values(), args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        description["step"] = step + 1
+        bar.update()
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            loss, mse, vb = (accelerator.reduce(sums, "mean") / (step + 1 - logged)).tolist()
+            rate = (step + 1 - logged) / (time.time() - since)
+            row = dict(step=step + 1, loss=loss, mse=mse, vb=vb, steps_per_s=rate, lr=lr * factor)
+            if main:
+                with open(folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                say(folder, f"step {step + 1:7d}  loss {loss:.4f}  mse {mse:.4f}  vb {vb:.4f}  {rate:.2f} steps/s")
+                bar.set_postfix(loss=f"{loss:.4f}")
+            sums.zero_()
+            logged, since = step + 1, time.time()
+        if (step + 1) % args.ckpt_every == 0 or step + 1 == steps:
+            if main:
+                write_checkpoint(folder, model, ema, optimizer, description, autoencoder)
+            accelerator.wait_for_everyone()
+    bar.close()
+    if main:
+        print(folder / f"adapters/{description['step']:07d}.safetensors")
+    accelerator.end_training()
+
+
+def say(folder, text):
+    """A line for a person, above the progress bar and in log.txt."""
+    tqdm.write(text)
+    with open(folder / "log.txt", "a") as file:
+        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+
+def main():
+    args = parse_args()
+    if args.dry_run:
+        check_settings(args)
+        dry_run(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    run_command(main)
