@@ -179,38 +179,81 @@ def check_adapter(tensors, description, path):
     description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
 
 
-def base_weights(description, adapter_path, base=None):
-    """Tensors of the base of an adapter: of the file `base`, else of the one it names; checked by SHA-256."""
-    wanted = description["base"]
-    path = find(base or wanted["path"])
+def base_weights(base, needed_by, path=None):
+    """Tensors of the base {"path", "sha256"} that the file `needed_by` names, found at `path` or where it was; checked by SHA-256."""
+    path = find(path or base["path"])
     if not path.is_file():
         raise ValueError(
-            f"{adapter_path} needs its base {Path(wanted['path']).name}, but there is no {path}: pass it as --base."
+            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: pass it as --base."
         )
-    if sha256(path) != wanted["sha256"]:
+    found = sha256(path)
+    if found != base["sha256"]:
         raise ValueError(
-            f"{path} is not the base of {adapter_path} (SHA-256 {sha256(path)[:12]}…, expected {wanted['sha256'][:12]}…): "
-            "pass the file it was trained from as --base."
+            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): pass the file "
+            "it was trained from as --base."
         )
-    tensors, _ = read(path)
-    return tensors
+    return whole(path)[0]
+
+
+def whole(path):
+    """({name: tensor}, description) of all weights that the file stands for: an adapter's are put on its base's."""
+    tensors, description = read(path)
+    if description.get("format") == STATE:
+        raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
+    if description.get("base"):
+        tensors = base_weights(description["base"], path) | tensors
+    return tensors, description
 
 
 def load_adapted(path, base=None):
     """(model, description) of an adapter and its base: the EMA model of the run, bit for bit."""
     tensors, description = read(path)
-    check_adapter(tensors, description, path)
+    if description.get("format") != ADAPTER:
+        raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
+    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
     model = build(description)
-    if description["base"]:
-        load(model, base_weights(description, path, base), description["base"]["path"], new_table=True)
-    elif base:
+    if base and not description["base"]:
         raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
-    own = model.state_dict()
-    expected = set(description["trained"]) if description["base"] else set(own)
-    if tensors.keys() != expected or any(tensors[n].shape != own[n].shape for n in expected):
-        raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
-    model.load_state_dict(tensors, strict=False)
+    if description["base"]:
+        if set(tensors) != set(description["trained"]):
+            raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
+        rest = base_weights(description["base"], path, base)
+        if TABLE in tensors:
+            rest.pop(TABLE, None)
+        tensors = rest | tensors
+    load(model, tensors, path)
     return model.eval(), description
+
+
+@torch.no_grad()
+def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
+    """Fill the model of a new fine-tune from a DiT, a FineDiffusion checkpoint or an adapter at `path`, or from nothing (None).
+
+    A class table of another shape is drawn anew, normal with `table_std`, around 0 or ("mean") around the mean of the file's rows.
+    `trained`: names of the parameters that will be trained. Returns the model's base: {"path", "sha256"}, or None.
+    """
+    table = model.y_embedder.embedding_table.weight
+    fresh = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)) * table_std
+    if path is None:
+        table.copy_(fresh)
+        return None
+    tensors, description = whole(path)
+    rows = tensors.get(TABLE)
+    if TABLE in load(model, tensors, path, new_table=True):
+        table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
+    if description.get("base") and set(description["trained"]) <= set(trained):
+        return description["base"]  # what the adapter changed is written again: its own base does
+    return {"path": str(path), "sha256": sha256(path)}
+
+
+def load_base_of(state, model):
+    """Fill the model with the base of the training state at `state`, whose own parameters come later; returns the base."""
+    _, description = read(state)
+    if description.get("format") != STATE:
+        raise ValueError(f"{state} is no training state, expected one that train.py wrote: name another file.")
+    if description["base"]:
+        load(model, base_weights(description["base"], state), description["base"]["path"], new_table=True)
+    return description["base"]
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------

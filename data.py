@@ -95,7 +95,9 @@ def list_vegfru(path: Path, root: Path, hierarchy: Hierarchy):
 def labels_of(names: list[str], hierarchy: Hierarchy, root: Path) -> dict[str, int]:
     """Folder name -> label; names and classes must be the same set."""
     index = {name: i for i, name in enumerate(hierarchy.classes)}
-    key = {name: name.split("_")[0] if hierarchy.numbered else name for name in names}
+    key = {name: name for name in names}
+    if hierarchy.numbered:
+        key = {name: name.split("_")[0] for name in names}
     unknown = [name for name in names if key[name] not in index]
     if unknown:
         raise ValueError(

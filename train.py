@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import time
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from diffusion import create_diffusion
 from finetune import EMA, METHODS, select
 from hierarchy import Hierarchy
 from models import DiT_models
-from runtime import check_gpu, run_command, sha256
+from runtime import check_gpu, run_command
 from sampling import sample_latents
+from steps import backward, drawn, latents_of, learning_rate_factor
 
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
 PREVIEW_IMAGES = 16
@@ -139,7 +139,7 @@ def dry_run(args):
     print(json.dumps(settings, indent=1))
 
 
-# ---- where a run starts -----------------------------------------------------------------------------------------------
+# ---- where a run starts, and where it is kept ---------------------------------------------------------------------------------------------------
 
 
 def starting_file(args):
@@ -153,34 +153,6 @@ def starting_file(args):
             "--resume none to start from random weights."
         )
     return checkpoint.find(args.resume or default)
-
-
-@torch.no_grad()
-def start(args, model, description):
-    """Fill the model of a new run; the description then names its base."""
-    path = starting_file(args)
-    table = model.y_embedder.embedding_table.weight
-    generator = torch.Generator().manual_seed(args.global_seed)
-    fresh = torch.randn(table.shape, generator=generator) * args.table_std
-    if path is None:
-        table.copy_(fresh)
-        return
-    tensors, found = checkpoint.read(path)
-    if found.get("base"):  # an adapter: go on from its model, which has the same base
-        checkpoint.check_adapter(tensors, found, path)
-        tensors = checkpoint.base_weights(found, path) | tensors
-        description["base"] = found["base"] | {"adapter": str(path)}
-    rows = tensors.get(checkpoint.TABLE)
-    if "pos_embed" in tensors and tensors["pos_embed"].shape != model.pos_embed.shape:
-        raise ValueError(
-            f"{path} is for latents of {math.isqrt(tensors['pos_embed'].shape[1]) * model.patch_size} pixels a side, here "
-            f"they have {model.input_size}: choose its --image-size."
-        )
-    absent = checkpoint.load(model, tensors, path, new_table=True)
-    if checkpoint.TABLE in absent:
-        mean = rows.float().mean(0) if args.table_init == "mean" and rows is not None else 0
-        table.copy_(fresh + mean)
-    description["base"] = description["base"] or {"path": str(path), "sha256": sha256(path)}
 
 
 def run_folder(args, accelerator):
@@ -208,39 +180,6 @@ def newest_state(folder):
     return states[-1] if states else None
 
 
-# ---- a step -----------------------------------------------------------------------------------------------------------
-
-
-def drawn(args, step, latent_shape, device):
-    """All that is random in a step, for the whole global batch of B: {name: (B, ...)}; a function of (seed, step)."""
-    seed = int(np.random.SeedSequence((args.global_seed, step, 1)).generate_state(1)[0])
-    g = torch.Generator(device).manual_seed(seed)
-    b = args.global_batch_size
-    options = dict(generator=g, device=device)
-    return {
-        "t": torch.randint(0, 1000, (b,), **options),
-        "flip": torch.rand(b, **options) < 0.5 * args.flip,
-        "drop": torch.rand(b, **options) < args.class_dropout_prob,
-        "posterior": torch.randn(b, *latent_shape, **options),
-        "noise": torch.randn(b, *latent_shape, **options),
-    }
-
-
-def latents_of(x, flip, posterior, autoencoder):
-    """Posterior samples (n, C, h, w) of images (n, 3, H, W), or of cached moments of both flips (n, F, 2C, h, w)."""
-    choose = flip.view(-1, 1, 1, 1)
-    if x.ndim == 5:
-        mean, std = torch.where(choose, x[:, -1], x[:, 0]).float().chunk(2, dim=1)
-    else:
-        mean, std = autoencoder.encode_moments(torch.where(choose, x.flip(-1), x))
-    return mean + std * posterior
-
-
-def learning_rate(args, step, steps):
-    """Factor of the learning rate at a step."""
-    return 1.0 if args.lr_schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 # ---- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,42 +201,52 @@ def write_checkpoint(folder, model, ema, optimizer, description, autoencoder):
     save_image(images, folder / f"samples/{step}.png", nrow=4, normalize=True, value_range=(-1, 1))
 
 
-def train(args):
-    check_settings(args)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    device, main = accelerator.device, accelerator.is_main_process
-    check_gpu(device)
-    autoencoder = load_autoencoder(args.vae, device)
+def open_data(args, autoencoder):
+    """(dataset, hierarchy) of --latents or --data-path, checked against the flags."""
     hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
     if args.latents:
         data = LatentData(args.latents, hierarchy)
+        data.check(autoencoder, args.image_size, args.flip)
         hierarchy = hierarchy or data.hierarchy
     else:
-        hierarchy = hierarchy or Hierarchy.load(args.data_path)
+        hierarchy = hierarchy or Hierarchy.from_folder(args.data_path)
         data = ImageData(args.data_path, hierarchy, args.image_size)
     check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    return data, hierarchy
+
+
+def make_optimizer(args, parameters):
+    """AdamW over the trained parameters, the class table in a group of its own."""
+    lr = args.lr or METHODS[args.method].lr
+    table = [p for name, p in parameters.items() if name == checkpoint.TABLE]
+    others = [p for name, p in parameters.items() if name != checkpoint.TABLE]
+    groups = [{"params": others, "base_lr": lr}, {"params": table, "base_lr": args.table_lr or lr}]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
+
+
+def train(args):
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.accelerator.is_available())
+    device, main = accelerator.device, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    check_gpu(device)
+    autoencoder = load_autoencoder(args.vae, device)
+    data, hierarchy = open_data(args, autoencoder)
+    batches = StepBatches(len(data), args.global_batch_size, args.global_seed, rank, world)
+    steps = batches.max_steps = args.max_steps or args.epochs * batches.steps_per_epoch
 
     description = describe(args, hierarchy, autoencoder)
     model = checkpoint.build(description, args.class_dropout_prob)
     folder, state = run_folder(args, accelerator)
-    method = METHODS[args.method]
-    if state is None:
-        start(args, model, description)
+    parameters = select(model, METHODS[args.method])
+    if state:
+        description["base"] = checkpoint.load_base_of(state, model)
     else:
-        _, found = checkpoint.read_safetensors(state)
-        description["base"] = found["base"]
-        if found["base"]:
-            checkpoint.load(model, checkpoint.read(checkpoint.find(found["base"]["path"]))[0], found["base"]["path"], True)
+        table = args.table_init, args.table_std, args.global_seed
+        description["base"] = checkpoint.start(model, parameters, starting_file(args), *table)
     model.to(device)
-    parameters = select(model, method)
     ema = EMA(parameters, args.ema_decay)
-    lr = args.lr or method.lr
-    groups = [
-        {"params": [p for n, p in parameters.items() if (n == checkpoint.TABLE) == table], "base_lr": rate}
-        for table, rate in ((False, lr), (True, args.table_lr or lr))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
-    if state is not None:
+    optimizer = make_optimizer(args, parameters)
+    if state:
         description["step"] = checkpoint.load_state(state, parameters, ema.average, optimizer)["step"]
     if args.compile:
         for block in model.blocks:
@@ -305,85 +254,94 @@ def train(args):
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
 
-    diffusion = create_diffusion("")
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(len(data), args.global_batch_size, args.global_seed, rank, world, description["step"])
-    steps = args.max_steps or args.epochs * batches.steps_per_epoch
-    batches.max_steps = steps
+    batches.start_step = description["step"]
     loader = DataLoader(data, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    shape = (autoencoder.channels, model.input_size, model.input_size)
     mine = slice(rank * args.global_batch_size // world, (rank + 1) * args.global_batch_size // world)
-    latent_shape = (autoencoder.channels, model.input_size, model.input_size)
-
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        count = sum(p.numel() for p in parameters.values())
-        say(folder, f"{folder}: {args.model}, {args.method}, {count:,} trained parameters, {len(data):,} images, {hierarchy!r}")
-    bar = tqdm(total=steps, initial=description["step"], unit="step", disable=not main)
-    sums, logged, since = torch.zeros(3, device=device), description["step"], time.time()
+    diffusion = create_diffusion("")
+    log = Log(folder, description["step"], steps, device, main)
+    log.begin(args, f"{args.model}, {args.method}, {sum(p.numel() for p in parameters.values()):,} trained parameters, "
+                    f"{len(data):,} images, {hierarchy!r}, {world} process{'es' * (world > 1)}")  # fmt: skip
     for step, (x, y) in enumerate(loader, start=description["step"]):
-        r = {k: v[mine] for k, v in drawn(args, step, latent_shape, device).items()}
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        latents = latents_of(x, r["flip"], r["posterior"], autoencoder)
-        factor = learning_rate(args, step, steps)
+        r = drawn(args.global_seed, step, args.global_batch_size, shape, args.flip, args.class_dropout_prob, device)
+        r = {name: values[mine] for name, values in r.items()}
+        y = y.to(device, non_blocking=True)
+        latents = latents_of(x.to(device, non_blocking=True), r["flip"], r["posterior"], autoencoder)
+        factor = learning_rate_factor(args.lr_schedule, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        parts = torch.arange(len(y)).chunk(args.grad_accum)
-        for part in parts:
-            last = part is parts[-1]
-            with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
-                terms = diffusion.training_losses(
-                    wrapped,
-                    latents[part],
-                    r["t"][part],
-                    dict(y=y[part], force_drop_ids=r["drop"][part]),
-                    r["noise"][part],
-                )
-            share = len(part) / len(y)
-            accelerator.backward(terms["loss"].mean() * share)
-            sums += share * torch.stack([terms[k].detach().mean() for k in ("loss", "mse", "vb")])
+        log.add(backward(accelerator, wrapped, diffusion, latents, y, r, args.grad_accum))
         if args.clip_grad:
             accelerator.clip_grad_norm_(parameters.values(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
         description["step"] = step + 1
-        bar.update()
-        if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            loss, mse, vb = (accelerator.reduce(sums, "mean") / (step + 1 - logged)).tolist()
-            rate = (step + 1 - logged) / (time.time() - since)
-            row = dict(step=step + 1, loss=loss, mse=mse, vb=vb, steps_per_s=rate, lr=lr * factor)
-            if main:
-                with open(folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                say(folder, f"step {step + 1:7d}  loss {loss:.4f}  mse {mse:.4f}  vb {vb:.4f}  {rate:.2f} steps/s")
-                bar.set_postfix(loss=f"{loss:.4f}")
-            sums.zero_()
-            logged, since = step + 1, time.time()
-        if (step + 1) % args.ckpt_every == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if (step + 1) % args.log_every == 0 or last:
+            log.write(accelerator, step + 1, lr=optimizer.param_groups[0]["lr"])
+        if (step + 1) % args.ckpt_every == 0 or last:
             if main:
                 write_checkpoint(folder, model, ema, optimizer, description, autoencoder)
             accelerator.wait_for_everyone()
-    bar.close()
-    if main:
-        print(folder / f"adapters/{description['step']:07d}.safetensors")
+    log.end(folder / f"adapters/{description['step']:07d}.safetensors")
     accelerator.end_training()
 
 
-def say(folder, text):
-    """A line for a person, above the progress bar and in log.txt."""
-    tqdm.write(text)
-    with open(folder / "log.txt", "a") as file:
-        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+class Log:
+    """Progress bar, `log.txt` and `metrics.jsonl` of a run, written by the main process alone.
+
+    Losses are summed on the device: the device is waited for only when a row is written.
+    """
+
+    def __init__(self, folder, start, steps, device, main):
+        self.folder, self.main = folder, main
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not main)
+        self.sums = {name: torch.zeros((), device=device) for name in ("loss", "mse", "vb")}
+        self.last, self.since = start, time.time()
+
+    def begin(self, args, text):
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+            self.say(f"{self.folder}: {text}")
+
+    def say(self, text):
+        """A line for a person, above the bar and in log.txt."""
+        tqdm.write(text)
+        with open(self.folder / "log.txt", "a") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def add(self, losses):
+        for name, total in self.sums.items():
+            total += losses[name]
+        self.bar.update()
+
+    def write(self, accelerator, step, **extra):
+        count = step - self.last
+        means = accelerator.reduce(torch.stack(list(self.sums.values())), "mean") / count
+        row = {"step": step, **dict(zip(self.sums, means.tolist()))}
+        row |= {"steps_per_s": count / (time.time() - self.since), **extra}
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            losses = "  ".join(f"{name} {row[name]:.4f}" for name in self.sums)
+            self.say(f"step {step:7d}  {losses}  {row['steps_per_s']:.2f} steps/s")
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+        for total in self.sums.values():
+            total.zero_()
+        self.last, self.since = step, time.time()
+
+    def end(self, path):
+        self.bar.close()
+        if self.main:
+            print(path)
 
 
 def main():
     args = parse_args()
-    if args.dry_run:
-        check_settings(args)
-        dry_run(args)
-    else:
-        train(args)
+    check_settings(args)
+    dry_run(args) if args.dry_run else train(args)
 
 
 if __name__ == "__main__":

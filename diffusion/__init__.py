@@ -1,7 +1,8 @@
 """Gaussian diffusion with learned variances, on all timesteps (training) or on a few (sampling)."""
 
-from .gaussian_diffusion import GaussianDiffusion, named_betas
+from .gaussian_diffusion import GaussianDiffusion
 from .respace import SpacedDiffusion, space_timesteps
+from .schedule import named_betas
 
 __all__ = ["GaussianDiffusion", "SpacedDiffusion", "create_diffusion", "space_timesteps"]
 

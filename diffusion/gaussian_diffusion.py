@@ -16,31 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-
-def named_betas(schedule, num_timesteps):
-    """Noise variances beta_t: (num_timesteps,) float64, in (0, 1].
-
-    "linear" is DDPM's 1e-4..0.02 at 1000 steps, stretched to keep alpha_bar's ends at any other
-    number; "squaredcos_cap_v2" is improved DDPM, eq. 17, with beta capped at 0.999.
-    Raises ValueError for another name, or where the schedule leaves (0, 1].
-    """
-    if schedule == "linear":
-        stretch = 1000 / num_timesteps
-        betas = np.linspace(stretch * 1e-4, stretch * 0.02, num_timesteps, dtype=np.float64)
-    elif schedule == "squaredcos_cap_v2":
-        time = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
-        alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    else:
-        raise ValueError(
-            f'Found noise schedule "{schedule}", expected "linear" or "squaredcos_cap_v2".'
-        )
-    if betas.max() >= 1:
-        raise ValueError(
-            f"Found {num_timesteps} diffusion steps, expected more than 20 for the linear schedule: "
-            "with fewer a beta reaches 1."
-        )
-    return betas
+from .likelihood import decoder_log_likelihood, mean_flat, normal_kl
 
 
 class Coefficients(NamedTuple):
@@ -91,7 +67,7 @@ class GaussianDiffusion:
         self.alphas_cumprod = ab = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = prev = np.append(1.0, ab[:-1])
 
-        # q(x_{t-1} | x_t, x_0), DDPM eq. 7. Its variance is 0 at t = 0, and its log there is t = 1's.
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 7. At t = 0 its variance is 0; the log is t = 1's.
         self.posterior_variance = betas * (1.0 - prev) / (1.0 - ab)
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
@@ -179,9 +155,7 @@ class GaussianDiffusion:
         x_start = x_start.clamp(-1, 1) if clip_denoised else x_start
         return self._posterior_mean(c, x_start, x), log_variance, x_start
 
-    def p_mean_variance(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None
-    ):
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """p(x_{t-1} | x_t): a dict of "mean", "variance", "log_variance", "pred_xstart", as x.
 
         denoised_fn is applied to the predicted x_0 first, then clip_denoised limits it to [-1, 1].
@@ -210,7 +184,7 @@ class GaussianDiffusion:
         x_t = self.q_sample(x_start, t, noise)
         prediction, v = self._output(model, x_t, t, model_kwargs)
         target = x_start if self.predict_xstart else noise
-        terms = {"mse": _mean_flat((target - prediction) ** 2)}
+        terms = {"mse": mean_flat((target - prediction) ** 2)}
         if self.loss == "kl":
             terms["vb"] = self._bound(x_start, x_t, t, prediction, v)
             terms["loss"] = terms["vb"] * self.num_timesteps
@@ -227,9 +201,9 @@ class GaussianDiffusion:
         c = self._at(t, x_t)
         true_mean = self._posterior_mean(c, x_start, x_t)
         mean, log_variance, _ = self._distribution(c, prediction, v, x_t)
-        kl = _normal_kl(true_mean, c.posterior_log_variance_clipped, mean, log_variance)
-        nll = -_decoder_log_likelihood(x_start, mean, 0.5 * log_variance)
-        return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
+        kl = normal_kl(true_mean, c.posterior_log_variance_clipped, mean, log_variance)
+        nll = -decoder_log_likelihood(x_start, mean, 0.5 * log_variance)
+        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
     # ---- one step back ----------------------------------------------------------------------
 
@@ -263,13 +237,12 @@ class GaussianDiffusion:
         eta=0.0,
         noise_fn=torch.randn_like,
     ):
-        """DDIM's step, eq. 12, as `p_sample`; eta in [0, 1] scales its noise (eq. 16), 0 is none."""
+        """DDIM's step, eq. 12, as `p_sample`; eta in [0, 1] scales the noise it adds, eq. 16."""
         if eta not in self._tables:
             self._tables[eta] = self._ddim_table(eta)
         prediction, v = self._output(model, x, t, model_kwargs)
-        x_start = self._distribution(
-            self._at(t, x), prediction, v, x, clip_denoised, denoised_fn
-        )[2]
+        c = self._at(t, x)
+        _, _, x_start = self._distribution(c, prediction, v, x, clip_denoised, denoised_fn)
         step = Transition(*self._rows(eta, t, x))
         mean = step.x0_scale * x_start + step.x_scale * x
         return {"sample": mean + step.sigma * noise_fn(mean), "pred_xstart": x_start}
@@ -293,7 +266,7 @@ class GaussianDiffusion:
         """DDIM's sampler: the last "sample" of `ddim_sample_loop_progressive`, with its options."""
         return _last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
 
-    def ddim_sample_loop_progressive(self, model, shape, noise=None, eta=0.0, **options):
+    def ddim_sample_loop_progressive(self, model, shape, noise=None, *, eta=0.0, **options):
         """As `p_sample_loop_progressive`, with DDIM's steps; eta as in `ddim_sample`."""
         return self.p_sample_loop_progressive(
             model, shape, noise, step=partial(self.ddim_sample, eta=eta), **options
@@ -332,9 +305,7 @@ class GaussianDiffusion:
                 noise_fn = lambda x, i=i: _noise_of(shape, step_noise(x, i))  # noqa: E731
             with torch.no_grad():
                 t = torch.full((len(x),), i, device=x.device)
-                out = step(
-                    model, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn
-                )
+                out = step(model, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn)
             yield out
             x = out["sample"]
 
@@ -361,32 +332,3 @@ def _device(model):
             f"Found neither noise nor device, and {model!r} is no module that has one: pass device."
         )
     return next(owner.parameters()).device
-
-
-def _mean_flat(x):
-    """(N, ...) -> (N,): the mean over everything but the batch."""
-    return x.flatten(1).mean(1)
-
-
-def _normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
-    ratio = log_variance1 - log_variance2
-    distance = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    return 0.5 * (ratio.exp() - ratio - 1.0 + distance)
-
-
-def _decoder_log_likelihood(x, mean, log_scale):
-    """log p(x_0 | x_1) in nats, elementwise, DDPM eq. 13: a normal over bins of 8-bit pixels.
-
-    Pixels are in [-1, 1], 2/255 apart, and the end bins are open. Latents are taken for such
-    pixels; their share in the loss is what DiT was trained with.
-    """
-    centered, inverse_scale = x - mean, torch.exp(-log_scale)
-    upper = _normal_cdf(inverse_scale * (centered + 1 / 255)).masked_fill(x > 0.999, 1.0)
-    lower = _normal_cdf(inverse_scale * (centered - 1 / 255)).masked_fill(x < -0.999, 0.0)
-    return torch.log((upper - lower).clamp(min=1e-12))
-
-
-def _normal_cdf(x):
-    # The tanh approximation (that of GELU), not erf: DiT's loss is made with it.
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -24,7 +24,7 @@ def space_timesteps(num_timesteps, section_counts):
     else:
         counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
     if min(counts, default=0) < 0 or sum(counts) == 0:
-        raise ValueError(f"Found step counts {counts}, expected at least one step and none below 0.")
+        raise ValueError(f"Found step counts {counts}, expected one step or more and none below 0.")
 
     size, longer = divmod(num_timesteps, len(counts))  # the first `longer` sections hold one more
     kept, start = set(), 0
@@ -74,12 +74,7 @@ class SpacedDiffusion(GaussianDiffusion):
     def __init__(self, use_timesteps, *, betas, **kwargs):
         self.timestep_map = sorted(use_timesteps)
         self.original_num_steps = len(betas)
-        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < len(
-            betas
-        ):
-            raise ValueError(
-                f"Found timesteps {self.timestep_map}, expected some of 0..{len(betas) - 1}."
-            )
+        assert self.timestep_map and set(self.timestep_map) <= set(range(len(betas))), use_timesteps
         # alpha_bar is kept at the kept timesteps; the betas between them follow from it.
         kept = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,6 @@ def test_several_processes_write_the_same_file(order, folder):
 
 
 def test_a_full_disk_is_told_before_the_work(folder, monkeypatch):
-    monkeypatch.setattr(tool.shutil, "disk_usage", lambda path: tool.shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="GB free"):
         run(folder)

@@ -1,10 +1,11 @@
-"""Encode an image folder once, for train.py --latents: mean and standard deviation of the VAE's posterior.
+"""Encode an image folder once, for train.py --latents: the posterior's mean and standard deviation.
 
-    torchrun --nproc_per_node=8 -m tools.encode_latents --data-path inat/train_mini --vae ema --out inat/latents256
+    torchrun --nproc_per_node=8 -m tools.encode_latents --data-path inat/train_mini --out latents256
 
-Also as plain `python -m`. The same command continues where an earlier one stopped, on any number of processes. Writes
-`moments.npy`, float16 (N, F, 2C, h, w), `labels.npy`, int64 (N,), and at the very end `latents.json`. F = 2: image and mirror image
-(a VAE does not commute with the flip). iNaturalist's train_mini at 256 pixels takes 16.4 GB: 32 KiB an image.
+Also as plain `python -m`. The same command continues where an earlier one stopped, on any number of
+processes. Writes `moments.npy`, float16 (N, F, 2C, h, w), `labels.npy`, int64 (N,), and at the very
+end `latents.json`. F = 2: the image and its mirror image, which a VAE does not encode as the mirror
+image of the latent. iNaturalist's train_mini at 256 pixels takes 32 KiB an image, 16.4 GB.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def describe(data, hierarchy, autoencoder, args):
     return {
         "format": LATENTS_FORMAT,
         "images": len(data),
-        "image_list": hashlib.sha256(json.dumps([names, data.labels.tolist()]).encode()).hexdigest(),
+        "image_list": hashlib.sha256(
+            json.dumps([names, data.labels.tolist()]).encode()
+        ).hexdigest(),
         "image_size": args.image_size,
         "vae": args.vae,
         "scale": autoencoder.scale,
@@ -51,11 +54,13 @@ def shape_of(info):
 
 
 def prepare(out, info, labels):
-    """Room for all moments, or the files of an earlier start with the same `info`; True if nothing is left to do."""
+    """Room for all moments, or the files of an earlier start with the same `info`; True if nothing
+    is left to do."""
     for name in ("latents.json", "begun.json"):
         if (out / name).is_file() and json.loads((out / name).read_text()) != info:
             raise ValueError(
-                f"{out}/{name} tells of latents of other images or settings: choose another --out, or remove that folder."
+                f"{out}/{name} tells of latents of other images or settings: choose another --out, "
+                "or remove that folder."
             )
     if (out / "latents.json").is_file():
         return True
@@ -63,9 +68,14 @@ def prepare(out, info, labels):
         out.mkdir(parents=True, exist_ok=True)
         need, free = 2 * int(np.prod(shape_of(info))), shutil.disk_usage(out).free
         if need > free:
-            raise ValueError(f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: choose another --out.")
+            raise ValueError(
+                f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: "
+                "choose another --out."
+            )
         (out / "done").mkdir(exist_ok=True)
-        np.lib.format.open_memmap(out / "moments.npy", mode="w+", dtype=np.float16, shape=shape_of(info))
+        np.lib.format.open_memmap(
+            out / "moments.npy", mode="w+", dtype=np.float16, shape=shape_of(info)
+        )
         np.save(out / "labels.npy", labels.numpy())
         write_json(out / "begun.json", info)
     return False
@@ -84,12 +94,16 @@ def moments_of(images, autoencoder, flips):
 
 def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num_workers=4):
     """Encode those of this rank's chunks (every `world`-th) that are not done."""
-    chunks = [k for k in range(rank, -(-len(data) // CHUNK), world) if not (out / f"done/{k}").exists()]
+    chunks = [
+        k for k in range(rank, -(-len(data) // CHUNK), world) if not (out / f"done/{k}").exists()
+    ]
     batches = []  # of rows, none across the border of a chunk
     for k in chunks:
         rows = range(k * CHUNK, min((k + 1) * CHUNK, len(data)))
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda"
+    )
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
     moments = np.load(out / "moments.npy", mmap_mode="r")
     begin, item = moments.offset, moments[0].nbytes
@@ -115,19 +129,24 @@ def finish(out, info):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-path", required=True, help="folder of images, see data.py")
-    parser.add_argument("--hierarchy", help="inat2021, vegfru, a .json file or a folder; default: the data's own")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--vae", default="ema", help="ema, mse or a folder in diffusers' form")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="the mirror images too")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per process")
-    parser.add_argument("--num-workers", type=int, default=4)
+    add = parser.add_argument
+    add("--data-path", required=True, help="folder of images, see data.py")
+    add("--hierarchy", help="inat2021, vegfru, a .json file or a folder (default: the data's own)")
+    add("--image-size", type=int, default=256)
+    add("--vae", default="ema", help="ema, mse or a folder in diffusers' form")
+    add("--out", required=True)
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="the mirror images too")
+    add("--batch-size", type=int, default=32, help="images per process")
+    add("--num-workers", type=int, default=4)
     args = parser.parse_args(argv)
 
-    state = PartialState()
+    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
+    state = PartialState(cpu=not torch.accelerator.is_available())
     check_gpu(state.device)
-    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.data_path)
+    if args.hierarchy:
+        hierarchy = Hierarchy.load(args.hierarchy)
+    else:
+        hierarchy = Hierarchy.from_folder(args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
     autoencoder = load_autoencoder(args.vae, state.device)
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
@@ -135,8 +154,17 @@ def main(argv=None):
     state.wait_for_everyone()
     done = done if state.is_main_process else (out / "latents.json").is_file()
     if not done:
-        encode(data, autoencoder, out, info, state.process_index, state.num_processes, state.device,
-               args.batch_size, args.num_workers)
+        encode(
+            data,
+            autoencoder,
+            out,
+            info,
+            state.process_index,
+            state.num_processes,
+            state.device,
+            args.batch_size,
+            args.num_workers,
+        )
         state.wait_for_everyone()
         if state.is_main_process:
             finish(out, info)
