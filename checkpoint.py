@@ -33,14 +33,20 @@ GET = "download it again, or name another file"
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_safetensors(path):
-    """({name: tensor}, metadata as a dict) of a safetensors file; ValueError if it is damaged."""
+def read_safetensors(path, names=None):
+    """({name: tensor}, description) of a safetensors file, all or only `names`; ValueError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys() if names is None else names
+            tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
+
+
+def description_of(path):
+    """The description alone of a safetensors file."""
+    return read_safetensors(path, names=())[1]
 
 
 def read_pickle(path):
@@ -81,9 +87,16 @@ def read(path):
         record = record.get("ema", record.get("model", record))
     if not isinstance(record, dict) or not record or not all(map(torch.is_tensor, record.values())):
         raise ValueError(
-            f"{path} holds {type(record).__name__}, expected tensors by name, or a dict with \"ema\" or \"model\": {GET}."
+            f'{path} holds {type(record).__name__}, expected tensors by name, or a dict with "ema" or "model": {GET}.'
         )
     return {name.removeprefix("module."): tensor for name, tensor in record.items()}, {}
+
+
+def is_adapter(path):
+    """True if `path` names a safetensors file whose metadata say so."""
+    if not path or not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        return False
+    return description_of(path).get("format") == ADAPTER
 
 
 def find(name):
@@ -109,9 +122,7 @@ def download(url, path):
             raise OSError(f"it ended after {path.stat().st_size} of {size} bytes")
     except (OSError, urllib.error.URLError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(
-            f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path."
-        ) from None
+        raise ValueError(f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path.") from None
 
 
 # ---- building and loading ---------------------------------------------------------------------------------------------
@@ -248,7 +259,7 @@ def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
 
 def load_base_of(state, model):
     """Fill the model with the base of the training state at `state`, whose own parameters come later; returns the base."""
-    _, description = read(state)
+    description = description_of(state)
     if description.get("format") != STATE:
         raise ValueError(f"{state} is no training state, expected one that train.py wrote: name another file.")
     if description["base"]:

@@ -41,8 +41,7 @@ def check_counts(hierarchy: Hierarchy, num_classes: int | None, num_super_classe
     ):
         if given is not None and given != found:
             raise ValueError(
-                f"{flag} is {given}, but {hierarchy.name} has {found}: "
-                "drop the flag or pass another --hierarchy."
+                f"{flag} is {given}, but {hierarchy.name} has {found}: drop the flag or pass another --hierarchy."
             )
 
 
@@ -164,9 +163,7 @@ class ImageData(Dataset):
             with Image.open(self.paths[i]) as image:
                 return np.array(center_crop(to_rgb(image), self.image_size))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(
-                f"Cannot read image {self.paths[i]} ({error}): replace or remove it."
-            ) from None
+            raise UnreadableImage(f"Cannot read image {self.paths[i]} ({error}): replace or remove it.") from None
 
 
 def image_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -187,10 +184,7 @@ class LatentData(Dataset):
     def __init__(self, root: str | os.PathLike, hierarchy: Hierarchy | None = None):
         self.root = Path(root)
         if not (self.root / "latents.json").is_file():
-            raise ValueError(
-                f"{root} holds no latents.json: write it to the end with python -m "
-                "tools.encode_latents."
-            )
+            raise ValueError(f"{root} holds no latents.json: write it to the end with python -m tools.encode_latents.")
         self.info = json.loads((self.root / "latents.json").read_text())
         if self.info.get("format") != LATENTS_FORMAT:
             raise ValueError(
@@ -205,8 +199,7 @@ class LatentData(Dataset):
             )
         self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
         self._moments = None
-        shape = (len(self.labels), self.info["flips"], 2 * self.info["channels"],
-                 self.info["size"], self.info["size"])
+        shape = (len(self.labels), self.info["flips"], 2 * self.info["channels"], self.info["size"], self.info["size"])
         if self.moments.shape != shape or self.moments.dtype != np.float16:
             raise ValueError(
                 f"{root}: moments.npy is {self.moments.dtype} {self.moments.shape}, expected "
@@ -222,8 +215,10 @@ class LatentData(Dataset):
     def check(self, autoencoder, image_size: int, flip: bool):
         """ValueError if they were encoded otherwise than the training would."""
         for what, wanted in (
-            ("image size", image_size), ("channels", autoencoder.channels),
-            ("scale", autoencoder.scale), ("flips", 2 if flip else self.info["flips"]),
+            ("image size", image_size),
+            ("channels", autoencoder.channels),
+            ("scale", autoencoder.scale),
+            ("flips", 2 if flip else self.info["flips"]),
         ):
             found = self.info[what.replace(" ", "_")]
             if found != wanted:
@@ -254,8 +249,16 @@ class StepBatches(Sampler):
     equal slices. Every start of the iteration begins at start_step.
     """
 
-    def __init__(self, n: int, global_batch: int, seed: int, rank: int = 0, world: int = 1,
-                 start_step: int = 0, max_steps: int | None = None):
+    def __init__(
+        self,
+        n: int,
+        global_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        max_steps: int | None = None,
+    ):
         assert 0 <= rank < world and start_step >= 0
         if global_batch < 1 or global_batch % world:
             near = max(1, round(global_batch / world)) * world

@@ -1,9 +1,9 @@
 """How data sets lie on the disk and name their classes; no image is opened here.
 
-    superclass/class/*.jpg                 two levels
-    class/*.jpg                            one level
-    NNNNN_Kingdom_..._epithet/*.jpg        iNaturalist, also in train_mini/ or val/
-    veg200_images/class/v_SS_NN_IIII.jpg   VegFru's release, with fru92_images/ and vegfru_list/
+superclass/class/*.jpg                 two levels
+class/*.jpg                            one level
+NNNNN_Kingdom_..._epithet/*.jpg        iNaturalist, also in train_mini/ or val/
+veg200_images/class/v_SS_NN_IIII.jpg   VegFru's release, with fru92_images/ and vegfru_list/
 """
 
 import os
@@ -56,9 +56,7 @@ def unpacked(path: str | os.PathLike) -> Path:
     if path.suffix == ".txt" and path.is_file() and is_vegfru(path.absolute().parent.parent):
         return path.absolute().parent.parent
     if path.exists():
-        raise ValueError(
-            f"{path} is a file; expected a folder of images or a list of the VegFru release."
-        )
+        raise ValueError(f"{path} is a file; expected a folder of images or a list of the VegFru release.")
     raise ValueError(f"There is no image folder {str(path)!r}: pass an existing --data-path.")
 
 
@@ -67,9 +65,7 @@ def image_root(root: Path) -> Path:
     inner = [root / name for name in INAT_FOLDERS if (root / name).is_dir()]
     inner = [path for path in inner if is_inat(subfolders(path))]
     if len(inner) > 1:
-        raise ValueError(
-            f"{root} holds several image folders ({few(path.name for path in inner)}): pass one."
-        )
+        raise ValueError(f"{root} holds several image folders ({few(path.name for path in inner)}): pass one.")
     return inner[0] if inner else root
 
 
@@ -91,8 +87,7 @@ def two_levels(root: Path) -> bool:
 def class_folders(root: Path) -> list[Path]:
     """The class folders under `root` in any of the layouts, sorted by path."""
     if is_vegfru(root):
-        return [root / f / name for f in VEGFRU_FOLDERS if (root / f).is_dir()
-                for name in subfolders(root / f)]
+        return [root / f / name for f in VEGFRU_FOLDERS if (root / f).is_dir() for name in subfolders(root / f)]
     root = image_root(root)
     names = subfolders(root)
     if not names and any(is_image(entry) for entry in visible(root)):
@@ -101,9 +96,7 @@ def class_folders(root: Path) -> list[Path]:
             "because the folder's name is the class."
         )
     if not names:
-        raise ValueError(
-            f"{root} has no class folders; expected class/*.jpg or superclass/class/*.jpg."
-        )
+        raise ValueError(f"{root} has no class folders; expected class/*.jpg or superclass/class/*.jpg.")
     if two_levels(root):
         return [root / s / name for s in names for name in subfolders(root / s)]
     return [root / name for name in names]
@@ -185,8 +178,7 @@ def read_vegfru_list(path: Path) -> list[tuple[Path, int]]:
         return [(Path(*Path(image).parts[-3:]), int(label)) for image, label in lines]
     except ValueError:
         raise ValueError(
-            f"{path} is not a list of VegFru; expected lines such as "
-            "'veg200_images/carrot/v_13_01_0001.jpg 12'."
+            f"{path} is not a list of VegFru; expected lines such as 'veg200_images/carrot/v_13_01_0001.jpg 12'."
         ) from None
 
 

@@ -61,9 +61,7 @@ class Hierarchy:
         for field in ("classes", "superclasses"):
             names = getattr(self, field)
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ValueError(
-                    f"{self.name}: {field} must be a list of names (strings), got {short(names)}."
-                )
+                raise ValueError(f"{self.name}: {field} must be a list of names (strings), got {short(names)}.")
             object.__setattr__(self, field, tuple(names))
             check_unique(self, field)
         if self.parents is None:
@@ -152,10 +150,7 @@ class Hierarchy:
     def from_dict(cls, record: dict, name: str = "hierarchy") -> "Hierarchy":
         """The inverse of `to_dict`; takes every form at the module's head."""
         if not isinstance(record, dict) or not {"superclasses", "parents"} <= record.keys():
-            raise ValueError(
-                "A hierarchy is a JSON object with 'superclasses' and 'parents', got "
-                f"{short(record)}."
-            )
+            raise ValueError(f"A hierarchy is a JSON object with 'superclasses' and 'parents', got {short(record)}.")
         name, superclasses = record.get("name", name), record["superclasses"]
         classes, parents = record.get("classes"), record["parents"]
         if isinstance(parents, dict):
@@ -169,9 +164,7 @@ class Hierarchy:
             row = {s: i for i, s in enumerate(superclasses) if isinstance(s, str)}
             unknown = [p for p in parents if isinstance(p, str) and p not in row]
             if unknown:
-                raise ValueError(
-                    f"{name}: parent {unknown[0]!r} is not among the superclasses; add it there."
-                )
+                raise ValueError(f"{name}: parent {unknown[0]!r} is not among the superclasses; add it there.")
             parents = [row[p] if isinstance(p, str) else p for p in parents]
             classes = numbers(len(parents)) if classes is None else classes
         return cls(classes, superclasses, parents, name)
@@ -207,9 +200,7 @@ class Hierarchy:
         if re.fullmatch(r"-?\d+", query):
             if 0 <= int(query) < self.num_classes:
                 return int(query)
-            raise ValueError(
-                f"Class {query} is out of range: {self.name} has 0..{self.num_classes - 1}."
-            )
+            raise ValueError(f"Class {query} is out of range: {self.name} has 0..{self.num_classes - 1}.")
         return find_part(self, query)
 
 
@@ -239,9 +230,7 @@ def check_unique(hierarchy: Hierarchy, field: str):
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         at = [i for i, name in enumerate(names) if name == twice]
-        raise ValueError(
-            f"{hierarchy.name}: {field} must be unique, but {twice!r} is at {at[0]} and {at[1]}."
-        )
+        raise ValueError(f"{hierarchy.name}: {field} must be unique, but {twice!r} is at {at[0]} and {at[1]}.")
 
 
 def checked_parents(hierarchy: Hierarchy, parents) -> torch.Tensor:
@@ -249,15 +238,11 @@ def checked_parents(hierarchy: Hierarchy, parents) -> torch.Tensor:
     name, count = hierarchy.name, hierarchy.num_super_classes
     values = parents.tolist() if torch.is_tensor(parents) else list(parents)
     if len(values) != hierarchy.num_classes:
-        raise ValueError(
-            f"{name}: {len(values)} parents for {hierarchy.num_classes} classes; "
-            "each class needs one."
-        )
+        raise ValueError(f"{name}: {len(values)} parents for {hierarchy.num_classes} classes; each class needs one.")
     for i, parent in enumerate(values):
         if type(parent) is not int or not 0 <= parent < count:
             raise ValueError(
-                f"{name}: class {i} ({hierarchy.classes[i]}) has parent {parent!r}, "
-                f"expected an index 0..{count - 1}."
+                f"{name}: class {i} ({hierarchy.classes[i]}) has parent {parent!r}, expected an index 0..{count - 1}."
             )
     empty = sorted(set(range(count)) - set(values))
     if empty:
@@ -317,9 +302,7 @@ def from_vegfru(root: Path) -> Hierarchy:
     classes = sorted(prefix, key=lambda name: (order.get(name, len(order)), name.lower()))
     used = [p for p in record["prefixes"] if p in prefix.values()]
     superclasses = [record["superclasses"][record["prefixes"].index(p)] for p in used]
-    return Hierarchy(
-        classes, superclasses, [used.index(prefix[name]) for name in classes], record["name"]
-    )
+    return Hierarchy(classes, superclasses, [used.index(prefix[name]) for name in classes], record["name"])
 
 
 # ---- names ---------------------------------------------------------------------------------------

@@ -47,9 +47,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
         return self.mlp(sinusoids(t.float(), FREQUENCIES).to(self.mlp[0].weight.dtype))
@@ -130,14 +128,10 @@ class DiT(nn.Module):
             img_size=input_size, patch_size=patch_size, in_chans=in_channels, embed_dim=hidden_size
         )
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = TieredEmbedder(
-            num_classes, num_super_classes, hidden_size, class_dropout_prob, parents
-        )
+        self.y_embedder = TieredEmbedder(num_classes, num_super_classes, hidden_size, class_dropout_prob, parents)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -202,9 +196,7 @@ SIZES = {
 
 
 def _preset(depth, hidden_size, num_heads, patch_size):
-    return partial(
-        DiT, depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size
-    )
+    return partial(DiT, depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
 
 
 DiT_models = {

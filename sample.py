@@ -27,12 +27,16 @@ from sampling import SAMPLERS, sample_latents, sample_latents_official, to_uint8
 
 DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
 PAPER = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
+PLAIN = {"num_classes": 1000, "num_super_classes": 1}  # DiT's own checkpoint
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", help="adapter, FineDiffusion's or DiT's checkpoint (default: DiT's own, downloaded, with 1000 classes)")
+    add(
+        "--ckpt",
+        help="adapter, FineDiffusion's or DiT's checkpoint (default: DiT's own, downloaded, with 1000 classes)",
+    )
     add("--base", help="the adapter's base, where it is not where the adapter was trained")
     add("--model", choices=list(DiT_models), help="for checkpoints (default DiT-XL/2); an adapter knows its own")
     add("--image-size", type=int, help="for checkpoints (default 256)")
@@ -47,64 +51,76 @@ def parse_args():
     add("--sampler", choices=SAMPLERS, default="ddpm")
     add("--num-sampling-steps", type=int, default=250)
     add("--seed", type=int, default=0)
-    add("--seed-mode", choices=["image", "official"], default="image", help="official: the official code's random stream")
+    add(
+        "--seed-mode",
+        choices=["image", "official"],
+        default="image",
+        help="official: the official code's random stream",
+    )
     add("--batch-size", type=int, default=16)
     add("--sample-dir", default="samples")
     return parser.parse_args()
 
 
 def check_settings(args):
-    for name, low, high in (("num_sampling_steps", 1, 1000), ("per_class", 1, 10**9), ("batch_size", 1, 10**9), ("seed", 0, 2**63 - 1)):
+    for name, low, high in (
+        ("num_sampling_steps", 1, 1000),
+        ("per_class", 1, 10**9),
+        ("batch_size", 1, 10**9),
+        ("seed", 0, 2**63 - 1),
+    ):
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}: change it.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}: change it."
+            )
     if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
         raise ValueError(f"--cfg-scale is {args.cfg_scale}, expected a finite number, 0 or more: change it.")
     if args.seed_mode == "official" and args.sampler != "ddpm":
-        raise ValueError(f"--seed-mode official is a mode of the ddpm sampler, found {args.sampler}: drop one of the two.")
-
-
-def flat_hierarchy(num_classes):
-    """Classes without names under one superclass: a plain DiT."""
-    return Hierarchy.from_dict({"name": "plain DiT", "superclasses": ["null"], "parents": [0] * num_classes})
-
-
-def load_checkpoint(args):
-    """(model, description) of a DiT's or FineDiffusion's checkpoint, by the flags."""
-    plain = args.ckpt is None
-    defaults = PAPER | ({"num_classes": 1000, "num_super_classes": 1} if plain else {})
-    given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in defaults.items()}
-    counts = given["num_classes"], given["num_super_classes"]
-    if args.hierarchy:
-        hierarchy = Hierarchy.load(args.hierarchy)
-        check_counts(hierarchy, *counts)
-    elif counts[1] == 1:
-        hierarchy = flat_hierarchy(counts[0])
-    elif counts == (PAPER["num_classes"], PAPER["num_super_classes"]):
-        hierarchy = Hierarchy.load("inat2021")
-    else:
         raise ValueError(
-            f"Nothing says which of {counts[1]} superclasses the {counts[0]} classes have: pass --hierarchy, a .json file or "
-            "the image folder."
+            f"--seed-mode official is a mode of the ddpm sampler, found {args.sampler}: drop one of the two."
         )
-    path = args.ckpt or f"DiT-XL-2-{given['image_size']}x{given['image_size']}.pt"
-    tensors, _ = checkpoint.read(checkpoint.find(path))
-    autoencoder = load_autoencoder("none") if given["vae"] == "none" else None
-    description = given | {
-        "hierarchy": hierarchy,
-        "latent_size": autoencoder.latent_size(given["image_size"]) if autoencoder else given["image_size"] // 8,
-        "channels": tensors["x_embedder.proj.weight"].shape[1] if "x_embedder.proj.weight" in tensors else 4,
-        "embedder": "null" if counts[1] == 1 else "tiered",
+
+
+def hierarchy_of_counts(num_classes, num_super_classes):
+    """The hierarchy that a checkpoint's counts stand for: none below a null class, or iNaturalist's."""
+    if num_super_classes == 1:
+        name, parents = f"a plain DiT with {num_classes} classes", [0] * num_classes
+        return Hierarchy.from_dict({"name": name, "superclasses": ["null"], "parents": parents})
+    if (num_classes, num_super_classes) == (PAPER["num_classes"], PAPER["num_super_classes"]):
+        return Hierarchy.load("inat2021")
+    raise ValueError(
+        f"Nothing says which of {num_super_classes} superclasses the {num_classes} classes have: pass --hierarchy, a .json file "
+        "or the image folder."
+    )
+
+
+def load_checkpoint(args, device):
+    """(model, description, autoencoder) of a DiT's or FineDiffusion's checkpoint, by the flags and the paper's defaults."""
+    defaults = PAPER | ({} if args.ckpt else PLAIN)
+    flags = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in defaults.items()}
+    counts = flags["num_classes"], flags["num_super_classes"]
+    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else hierarchy_of_counts(*counts)
+    check_counts(hierarchy, *counts)
+    autoencoder = load_autoencoder(flags["vae"], device)
+    description = {
+        "model": flags["model"],
+        "image_size": flags["image_size"],
+        "latent_size": autoencoder.latent_size(flags["image_size"]),
+        "channels": autoencoder.channels,
         "method": "finediffusion",
+        "embedder": "null" if counts[1] == 1 else "tiered",
+        "hierarchy": hierarchy,
     }
+    path = checkpoint.find(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
     model = checkpoint.build(description)
-    checkpoint.load(model, tensors, path)
-    return model.eval(), description
+    checkpoint.load(model, checkpoint.whole(path)[0], path)
+    return model.eval(), description, autoencoder
 
 
-def load_model(args):
-    """(model, description) of --ckpt, an adapter or a checkpoint."""
-    if not (args.ckpt and args.ckpt.endswith(".safetensors")):
-        return load_checkpoint(args)
+def load_model(args, device):
+    """(model, description, autoencoder) of --ckpt, an adapter or a checkpoint."""
+    if not checkpoint.is_adapter(args.ckpt):
+        return load_checkpoint(args, device)
     model, description = checkpoint.load_adapted(args.ckpt, args.base)
     for key in ("model", "image_size"):
         given = getattr(args, key)
@@ -113,7 +129,23 @@ def load_model(args):
                 f"--{key.replace('_', '-')} is {given}, but {args.ckpt} was trained with {description[key]}: drop the flag."
             )
     check_counts(description["hierarchy"], args.num_classes, args.num_super_classes)
-    return model, description
+    if args.hierarchy:
+        description["hierarchy"] = same_hierarchy(Hierarchy.load(args.hierarchy), description["hierarchy"])
+    autoencoder = load_autoencoder(args.vae or description["vae"], device)
+    found = autoencoder.latent_size(description["image_size"]), autoencoder.channels
+    if found != (description["latent_size"], description["channels"]):
+        raise ValueError(
+            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
+            f"{found[1]} x {found[0]}^2: pass the --vae it was trained with."
+        )
+    return model, description, autoencoder
+
+
+def same_hierarchy(given, own):
+    """`given`, which may bring names, if its map of superclasses is the adapter's `own`."""
+    if not given.parents.equal(own.parents):
+        raise ValueError(f"--hierarchy is {given!r}, but the adapter was trained on {own!r}: drop the flag.")
+    return given
 
 
 def chosen(args, hierarchy):
@@ -128,22 +160,15 @@ def chosen(args, hierarchy):
 
 def class_folder(name):
     """A class name as the name of a folder."""
-    return "".join("_" if c in '/\\:\0' else c for c in name).strip(". ") or "_"
+    return "".join("_" if c in "/\\:\0" else c for c in name).strip(". ") or "_"
 
 
 def sample(args):
     check_settings(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
-    model, description = load_model(args)
+    model, description, autoencoder = load_model(args, device)
     hierarchy = description["hierarchy"]
-    autoencoder = load_autoencoder(args.vae or description["vae"], device)
-    wanted = (autoencoder.latent_size(description["image_size"]), autoencoder.channels)
-    if wanted != (description["latent_size"], description["channels"]):
-        raise ValueError(
-            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
-            f"{wanted[1]} x {wanted[0]}^2: pass the --vae it was trained with."
-        )
     labels = chosen(args, hierarchy)
     model.to(device)
 

@@ -9,7 +9,6 @@ import torch
 
 from diffusion import create_diffusion
 
-
 SAMPLERS = ("ddpm", "ddim")
 
 

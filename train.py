@@ -46,7 +46,10 @@ def parse_args():
     add("--hierarchy", help="inat2021, vegfru, a .json file or a folder; default: the data's own")
     add("--results-dir", default="results")
     add("--experiment", help="name of the run's folder; the same command again continues the run")
-    add("--resume", help="weights or adapter to start from, state or run folder to continue, or none; default: DiT's own")
+    add(
+        "--resume",
+        help="weights or adapter to start from, state or run folder to continue, or none; default: DiT's own",
+    )
     add("--model", choices=list(DiT_models), default="DiT-XL/2")
     add("--image-size", type=int, default=256)
     add("--num-classes", type=int, help="checked against the hierarchy")
@@ -55,7 +58,12 @@ def parse_args():
     add("--method", choices=list(METHODS), default="finediffusion")
     add("--embedder", choices=["tiered", "null"], help="default: the method's")
     add("--class-dropout-prob", type=float, default=0.1)
-    add("--table-init", choices=["normal", "mean"], default="normal", help="new class rows: N(0, std^2), or that around the mean of the base's rows")
+    add(
+        "--table-init",
+        choices=["normal", "mean"],
+        default="normal",
+        help="new class rows: N(0, std^2), or that around the mean of the base's rows",
+    )
     add("--table-std", type=float, default=0.02)
     add("--lr", type=float, help="default: the method's")
     add("--table-lr", type=float, help="learning rate of the class table; default: --lr")
@@ -186,9 +194,7 @@ def newest_state(folder):
 def write_checkpoint(folder, model, ema, optimizer, description, autoencoder):
     step = f"{description['step']:07d}"
     checkpoint.save_adapter(folder / f"adapters/{step}.safetensors", ema.average, model, description)
-    checkpoint.save_state(
-        folder / f"states/{step}.safetensors", ema.parameters, ema.average, optimizer, description
-    )
+    checkpoint.save_state(folder / f"states/{step}.safetensors", ema.parameters, ema.average, optimizer, description)
     classes = model.y_embedder.num_classes
     labels = np.linspace(0, classes - 1, min(PREVIEW_IMAGES, classes)).round().astype(int)
     ema.swap()

@@ -161,9 +161,7 @@ class GaussianDiffusion:
         denoised_fn is applied to the predicted x_0 first, then clip_denoised limits it to [-1, 1].
         """
         prediction, v = self._output(model, x, t, model_kwargs)
-        mean, log_variance, x_start = self._distribution(
-            self._at(t, x), prediction, v, x, clip_denoised, denoised_fn
-        )
+        mean, log_variance, x_start = self._distribution(self._at(t, x), prediction, v, x, clip_denoised, denoised_fn)
         return {
             "mean": mean,
             "variance": log_variance.exp(),
@@ -268,9 +266,7 @@ class GaussianDiffusion:
 
     def ddim_sample_loop_progressive(self, model, shape, noise=None, *, eta=0.0, **options):
         """As `p_sample_loop_progressive`, with DDIM's steps; eta as in `ddim_sample`."""
-        return self.p_sample_loop_progressive(
-            model, shape, noise, step=partial(self.ddim_sample, eta=eta), **options
-        )
+        return self.p_sample_loop_progressive(model, shape, noise, step=partial(self.ddim_sample, eta=eta), **options)
 
     def p_sample_loop_progressive(
         self,
@@ -319,8 +315,7 @@ def _last(steps):
 def _noise_of(shape, noise):
     if tuple(noise.shape) != tuple(shape):
         raise ValueError(
-            f"Found noise of shape {tuple(noise.shape)}, expected {tuple(shape)}: give one noise "
-            "for each sample."
+            f"Found noise of shape {tuple(noise.shape)}, expected {tuple(shape)}: give one noise for each sample."
         )
     return noise
 
@@ -328,7 +323,5 @@ def _noise_of(shape, noise):
 def _device(model):
     owner = getattr(model, "__self__", model)  # of model.forward_with_cfg, the model
     if not isinstance(owner, torch.nn.Module):
-        raise ValueError(
-            f"Found neither noise nor device, and {model!r} is no module that has one: pass device."
-        )
+        raise ValueError(f"Found neither noise nor device, and {model!r} is no module that has one: pass device.")
     return next(owner.parameters()).device

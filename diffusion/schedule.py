@@ -18,9 +18,7 @@ def named_betas(schedule, num_timesteps):
         alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     else:
-        raise ValueError(
-            f'Found noise schedule "{schedule}", expected "linear" or "squaredcos_cap_v2".'
-        )
+        raise ValueError(f'Found noise schedule "{schedule}", expected "linear" or "squaredcos_cap_v2".')
     if betas.max() >= 1:
         raise ValueError(
             f"Found {num_timesteps} diffusion steps, expected more than 20: with fewer, a beta of "

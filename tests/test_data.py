@@ -22,8 +22,12 @@ from hierarchy import Hierarchy
 
 GOLDEN = Path(__file__).parent / "golden"
 PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
-VEGFRU = ["veg200_images/carrot/v_13_01_0001.jpg", "veg200_images/carrot/v_13_01_0002.jpg",
-          "veg200_images/chive/v_01_02_0001.jpg", "fru92_images/apple/f_09_01_0001.jpg"]
+VEGFRU = [
+    "veg200_images/carrot/v_13_01_0001.jpg",
+    "veg200_images/carrot/v_13_01_0002.jpg",
+    "veg200_images/chive/v_01_02_0001.jpg",
+    "fru92_images/apple/f_09_01_0001.jpg",
+]
 
 
 def make(root, *files):
@@ -50,8 +54,7 @@ def test_one_level_is_sorted_and_labelled_by_the_hierarchy(tmp_path):
     h = Hierarchy(("pug", "beagle", "manx"), ("cats", "dogs"), [1, 1, 0])
     make(tmp_path, "manx/b.png", "manx/a.JPG", "pug/1.jpeg", "beagle/2.webp", "beagle/1.webp")
     paths, labels = list_images(tmp_path, h)
-    assert relative(paths, tmp_path) == [
-        "pug/1.jpeg", "beagle/1.webp", "beagle/2.webp", "manx/a.JPG", "manx/b.png"]
+    assert relative(paths, tmp_path) == ["pug/1.jpeg", "beagle/1.webp", "beagle/2.webp", "manx/a.JPG", "manx/b.png"]
     assert labels.tolist() == [0, 1, 1, 2, 2] and labels.dtype == torch.int64
 
 
@@ -65,15 +68,27 @@ def test_two_levels_take_the_superclass_from_the_hierarchy(tmp_path):
 
 
 def test_hidden_and_other_files_are_passed_over(tmp_path):
-    make(tmp_path, "manx/1.jpg", "pug/1.jpg", "beagle/1.jpg", "pug/._1.jpg", "pug/.DS_Store",
-         "pug/notes.txt", ".ipynb_checkpoints/1.jpg", "pug/.ipynb_checkpoints/1.jpg",
-         "hierarchy.json", ".DS_Store")
+    make(
+        tmp_path,
+        "manx/1.jpg",
+        "pug/1.jpg",
+        "beagle/1.jpg",
+        "pug/._1.jpg",
+        "pug/.DS_Store",
+        "pug/notes.txt",
+        ".ipynb_checkpoints/1.jpg",
+        "pug/.ipynb_checkpoints/1.jpg",
+        "hierarchy.json",
+        ".DS_Store",
+    )
     assert list_images(tmp_path, PETS)[1].tolist() == [0, 1, 2]
 
 
 def test_inaturalist_as_it_unpacks_by_name_and_by_number(tmp_path):
-    names = ["00000_Animalia_Chordata_Aves_Passeriformes_Corvidae_Corvus_corax",
-             "00001_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis"]
+    names = [
+        "00000_Animalia_Chordata_Aves_Passeriformes_Corvidae_Corvus_corax",
+        "00001_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
+    ]
     make(tmp_path, *(f"train_mini/{name}/1.jpg" for name in names))
     numbered = Hierarchy.from_dict({"superclasses": ["Plants", "Birds"], "parents": [1, 0]})
     for h in (Hierarchy.load(tmp_path), numbered):
@@ -105,15 +120,18 @@ def test_vegfru_folder_means_its_train_list_and_a_list_means_itself(tmp_path):
         list_images(val, h)
 
 
-@pytest.mark.parametrize("files, words", [
-    ([], "has no class folders"),
-    (["1.jpg", "2.jpg"], "holds images but no folders"),
-    (["manx/1.jpg", "pug/1.jpg", "beagle/.x.jpg"], "beagle has no images in it"),
-    (["manx/1.jpg", "pug/1.jpg", "beagle/1.jpg", "wolf/1.jpg"], r"1 class .*\('wolf'\)"),
-    (["manx/1.jpg"], r"lacks 2 of the 3 classes of pets \('beagle', 'pug'\)"),
-    (["a/manx/1.jpg", "b/manx/1.jpg", "a/pug/1.jpg", "a/beagle/1.jpg"], "'manx' is in .*a and in"),
-    (["cats/manx/1.jpg", "pug/1.jpg", "beagle/1.jpg"], "'cats' has folders in it and"),
-])
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([], "has no class folders"),
+        (["1.jpg", "2.jpg"], "holds images but no folders"),
+        (["manx/1.jpg", "pug/1.jpg", "beagle/.x.jpg"], "beagle has no images in it"),
+        (["manx/1.jpg", "pug/1.jpg", "beagle/1.jpg", "wolf/1.jpg"], r"1 class .*\('wolf'\)"),
+        (["manx/1.jpg"], r"lacks 2 of the 3 classes of pets \('beagle', 'pug'\)"),
+        (["a/manx/1.jpg", "b/manx/1.jpg", "a/pug/1.jpg", "a/beagle/1.jpg"], "'manx' is in .*a and in"),
+        (["cats/manx/1.jpg", "pug/1.jpg", "beagle/1.jpg"], "'cats' has folders in it and"),
+    ],
+)
 def test_folders_that_do_not_fit(files, words, tmp_path):
     make(tmp_path, *files)
     with pytest.raises(ValueError, match=words):
@@ -217,8 +235,7 @@ def test_truncated_image_is_named(tmp_path):
 
 def latents(root, **change):
     moments = np.arange(4 * 2 * 8 * 3 * 3, dtype=np.float16).reshape(4, 2, 8, 3, 3)
-    info = {"format": LATENTS_FORMAT, "hierarchy": PETS.to_dict(), "flips": 2, "channels": 4,
-            "size": 3, **change}
+    info = {"format": LATENTS_FORMAT, "hierarchy": PETS.to_dict(), "flips": 2, "channels": 4, "size": 3, **change}
     np.save(root / "moments.npy", moments)
     np.save(root / "labels.npy", np.array([0, 0, 1, 2]))
     (root / "latents.json").write_text(json.dumps(info))
@@ -243,10 +260,13 @@ def test_latent_data_does_not_pickle_its_array(tmp_path):
     assert pickle.loads(pickle.dumps(data))[3][0].abs().max() == 0
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"format": "other"}, "of format 'other', expected"),
-    ({"flips": 1}, r"moments.npy is float16 \(4, 2, 8, 3, 3\), expected float16 \(4, 1, 8, 3, 3\)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"format": "other"}, "of format 'other', expected"),
+        ({"flips": 1}, r"moments.npy is float16 \(4, 2, 8, 3, 3\), expected float16 \(4, 1, 8, 3, 3\)"),
+    ],
+)
 def test_latent_data_that_does_not_fit(change, words, tmp_path):
     latents(tmp_path, **change)
     with pytest.raises(ValueError, match=words):
@@ -285,15 +305,15 @@ def test_a_resume_and_another_world_see_the_same_steps():
 
 
 def test_seed_and_epoch_both_count_and_are_not_exchanged():
-    orders = [next(iter(StepBatches(100, 100, seed, start_step=epoch)))
-              for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)]
+    orders = [
+        next(iter(StepBatches(100, 100, seed, start_step=epoch))) for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)
+    ]
     assert len({tuple(rows) for rows in orders}) == len(orders)
     assert all(sorted(rows) == list(range(100)) for rows in orders)
 
 
 def test_the_order_stays_the_same_between_releases():
-    assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [
-        [6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
+    assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [[6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
 
 
 def test_length():
@@ -302,14 +322,17 @@ def test_length():
         len(StepBatches(10, 5, 0))
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
-    (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
-    (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
-    (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
-    (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
-    (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
+        (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
+        (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
+        (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
+        (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
+        (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
+    ],
+)
 def test_batches_that_cannot_be(arguments, words):
     with pytest.raises(ValueError, match=words):
         StepBatches(**arguments)

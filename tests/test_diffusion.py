@@ -93,9 +93,7 @@ def test_q_sample_is_the_official_one():
 
 
 def test_training_terms_are_the_official_ones(dit):
-    terms = create_diffusion("").training_losses(
-        dit, TRAIN["x0"], TRAIN["t"], dict(y=TRAIN["y"]), TRAIN["noise"]
-    )
+    terms = create_diffusion("").training_losses(dit, TRAIN["x0"], TRAIN["t"], dict(y=TRAIN["y"]), TRAIN["noise"])
     assert sorted(terms) == ["loss", "mse", "vb"]
     assert 0 in TRAIN["t"]  # the decoder's term is among them
     for key, value in terms.items():
@@ -161,9 +159,7 @@ def test_even_spacing_keeps_both_ends(count):
 
 def test_a_spaced_process_keeps_alpha_bar_and_shows_the_model_its_own_timesteps():
     full, spaced = create_diffusion(""), create_diffusion("10")
-    np.testing.assert_allclose(
-        spaced.alphas_cumprod, full.alphas_cumprod[spaced.timestep_map], rtol=1e-12
-    )
+    np.testing.assert_allclose(spaced.alphas_cumprod, full.alphas_cumprod[spaced.timestep_map], rtol=1e-12)
     seen = []
 
     def model(x, t):
@@ -288,9 +284,7 @@ def test_ddim_walks_straight_to_a_point_mass():
     last = torch.tensor([diffusion.num_timesteps - 1] * 2)
     ab = column(diffusion.alphas_cumprod, last)
     eps = (z - ab.sqrt() * x0) / (1 - ab).sqrt()
-    steps = diffusion.ddim_sample_loop_progressive(
-        oracle(diffusion, x0, 0.0), z.shape, z, clip_denoised=False
-    )
+    steps = diffusion.ddim_sample_loop_progressive(oracle(diffusion, x0, 0.0), z.shape, z, clip_denoised=False)
     for out, before in zip(steps, reversed(diffusion.alphas_cumprod_prev), strict=True):
         expected = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
         torch.testing.assert_close(out["sample"], expected, rtol=0, atol=1e-9)
@@ -322,9 +316,7 @@ def test_samples_have_the_datas_mean_and_spread(loop):
 def test_bound_trains_the_mean_only_when_it_is_the_loss(use_kl):
     output = torch.randn(2, 4, 2, 2, requires_grad=True)
     diffusion = create_diffusion("", use_kl=use_kl)
-    terms = diffusion.training_losses(
-        lambda x, t: output, torch.randn(2, 2, 2, 2), torch.tensor([0, 500])
-    )
+    terms = diffusion.training_losses(lambda x, t: output, torch.randn(2, 2, 2, 2), torch.tensor([0, 500]))
     if use_kl:
         torch.testing.assert_close(terms["loss"], terms["vb"] * 1000)
     (gradient,) = torch.autograd.grad(terms["vb"].sum(), output)
@@ -336,9 +328,7 @@ def test_rescaling_weighs_the_bound_alone():
     x0, noise = torch.randn(2, 2, 2, 2, 2)
     t = torch.tensor([1, 7])
     plain, rescaled = (
-        create_diffusion("10", rescale_learned_sigmas=flag).training_losses(
-            constant(), x0, t, noise=noise
-        )
+        create_diffusion("10", rescale_learned_sigmas=flag).training_losses(constant(), x0, t, noise=noise)
         for flag in (False, True)
     )
     torch.testing.assert_close(rescaled["vb"], plain["vb"] * 10 / 1000)
@@ -455,9 +445,7 @@ def test_an_image_with_its_own_noise_stream_is_the_same_in_any_batch():
         def draw(*_):
             return torch.stack([torch.randn(1, 4, 4, generator=g) for g in streams])
 
-        return create_diffusion("10").p_sample_loop(
-            constant(), (len(images), 1, 4, 4), draw(), step_noise=draw
-        )
+        return create_diffusion("10").p_sample_loop(constant(), (len(images), 1, 4, 4), draw(), step_noise=draw)
 
     torch.testing.assert_close(run([5, 6, 7])[2:], run([7]))
 
@@ -474,9 +462,7 @@ def test_a_model_of_x0_is_taken_at_its_word():
 def test_denoised_fn_comes_before_the_clip():
     t, x = torch.tensor([3, 8]), torch.randn(2, 1, 2, 2)
     for method in ("p_mean_variance", "p_sample", "ddim_sample"):
-        out = getattr(create_diffusion("10"), method)(
-            constant(), x, t, denoised_fn=lambda x: torch.full_like(x, 7.0)
-        )
+        out = getattr(create_diffusion("10"), method)(constant(), x, t, denoised_fn=lambda x: torch.full_like(x, 7.0))
         assert (out["pred_xstart"] == 1).all()
         out = getattr(create_diffusion("10"), method)(
             constant(), x, t, False, denoised_fn=lambda x: torch.full_like(x, 7.0)
@@ -535,9 +521,7 @@ def test_impossible_calls_are_refused():
     with pytest.raises(ValueError, match="expected \\(4, 4, 8, 8\\)"):
         diffusion.p_sample_loop(constant(), SHAPE, torch.zeros(3, 4, 8, 8))
     with pytest.raises(ValueError, match="one noise for each sample"):
-        diffusion.p_sample_loop(
-            constant(), SHAPE, torch.zeros(SHAPE), step_noise=lambda x, i: x[:1]
-        )
+        diffusion.p_sample_loop(constant(), SHAPE, torch.zeros(SHAPE), step_noise=lambda x, i: x[:1])
     with pytest.raises(ValueError, match="eta=1.5"):
         diffusion.ddim_sample_loop(constant(), SHAPE, device="cpu", eta=1.5)
     with pytest.raises(ValueError, match="between 0 and 1"):

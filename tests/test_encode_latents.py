@@ -28,8 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(folder, *more, size=8):
     paths = ["--data-path", str(folder / "images"), "--out", str(folder / "out")]
-    tool.main([*paths, "--vae", "none", "--image-size", str(size), "--num-workers", "0",
-               "--batch-size", "3", *more])
+    tool.main([*paths, "--vae", "none", "--image-size", str(size), "--num-workers", "0", "--batch-size", "3", *more])
     return LatentData(folder / "out")
 
 

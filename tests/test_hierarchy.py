@@ -40,8 +40,7 @@ SPECIES = [
     "00010_Fungi_Basidiomycota_Agaricomycetes_Agaricales_Amanitaceae_Amanita_muscaria",
     "00011_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
 ]
-PETS = {"name": "pets", "superclasses": ["cats", "dogs"], "classes": ["beagle", "manx", "pug"],
-        "parents": [1, 0, 1]}
+PETS = {"name": "pets", "superclasses": ["cats", "dogs"], "classes": ["beagle", "manx", "pug"], "parents": [1, 0, 1]}
 
 
 def make(root, *files):
@@ -82,8 +81,7 @@ def test_the_rule_agrees_with_the_ranges_on_all_published_names():
     assert by_rule.superclasses == built_in.superclasses
     assert torch.equal(by_rule.parents, built_in.parents)
     assert {row["supercategory"] for row in rows} == set(built_in.superclasses)
-    assert [row["supercategory"] for row in rows] == [by_rule.superclasses[p]
-                                                      for p in by_rule.parents]
+    assert [row["supercategory"] for row in rows] == [by_rule.superclasses[p] for p in by_rule.parents]
     assert by_rule.classes[by_rule.find("Vulpes vulpes")].endswith("_Canidae_Vulpes_vulpes")
 
 
@@ -91,8 +89,18 @@ def test_the_rule_knows_every_superclass():
     h = Hierarchy.from_class_names(SPECIES)
     assert h.superclasses == tuple(INAT_RANGES)
     assert [h.superclasses[p] for p in h.parents] == [
-        "Animalia", "Arachnids", "Insects", "Ray-finned Fishes", "Amphibians", "Birds", "Mammals",
-        "Mammals", "Reptiles", "Mollusks", "Fungi", "Plants",
+        "Animalia",
+        "Arachnids",
+        "Insects",
+        "Ray-finned Fishes",
+        "Amphibians",
+        "Birds",
+        "Mammals",
+        "Mammals",
+        "Reptiles",
+        "Mollusks",
+        "Fungi",
+        "Plants",
     ]
 
 
@@ -129,9 +137,14 @@ def test_built_in_names_are_the_files(spec):
     assert len(Hierarchy.load(spec).digest()) == 64
 
 
-@pytest.mark.parametrize("parents", [
-    [1, 0, 1], ["dogs", "cats", "dogs"], {"cats": [[1, 1]], "dogs": [[2, 2], [0, 0]]},
-])
+@pytest.mark.parametrize(
+    "parents",
+    [
+        [1, 0, 1],
+        ["dogs", "cats", "dogs"],
+        {"cats": [[1, 1]], "dogs": [[2, 2], [0, 0]]},
+    ],
+)
 def test_forms_of_parents(parents, tmp_path):
     path = tmp_path / "some.json"
     path.write_text(json.dumps(pets(parents=parents)))
@@ -146,26 +159,29 @@ def test_classes_may_be_absent_and_are_numbers_then():
     assert h.classes == ("00000", "00001") and h.to_dict() == {"name": "mine", **record}
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"superclasses": ["cats", "dogs", "fish"]}, r"superclass 2 \(fish\) has no class"),
-    ({"parents": [1, 0, 2]}, r"class 2 \(pug\) has parent 2, expected an index 0\.\.1"),
-    ({"parents": [1, -1, 0]}, r"class 1 \(manx\) has parent -1"),
-    ({"parents": [1, 0, True]}, r"class 2 \(pug\) has parent True"),
-    ({"parents": [1, 0, 0.5]}, r"class 2 \(pug\) has parent 0.5"),
-    ({"parents": [1, 0, None]}, r"class 2 \(pug\) has parent None"),
-    ({"parents": [1, 0]}, "2 parents for 3 classes"),
-    ({"parents": ["dogs", "cats", "wolves"]}, "parent 'wolves' is not among"),
-    ({"parents": {"cats": [[0, 0]], "dogs": [[2, 2]]}}, r"\[2, 2\] of 'dogs' leaves a gap"),
-    ({"parents": {"cats": [[0, 1]], "dogs": [[1, 2]]}}, r"\[1, 2\] of 'dogs' leaves a gap or an"),
-    ({"parents": {"cats": [0, 1]}}, r"expected \[\[first, last\]"),
-    ({"parents": 3}, "got .* and 3"),
-    ({"classes": ["pug", "manx", "pug"]}, "'pug' is at 0 and 2"),
-    ({"superclasses": ["cats", "cats"]}, "'cats' is at 0 and 1"),
-    ({"classes": ["pug", "manx", 3]}, "classes must be a list of names"),
-    ({"classes": "abc"}, "classes must be a list of names"),
-    ({"superclasses": None}, "'superclasses' must be a list"),
-    ({"classes": [], "parents": []}, "classes is empty"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"superclasses": ["cats", "dogs", "fish"]}, r"superclass 2 \(fish\) has no class"),
+        ({"parents": [1, 0, 2]}, r"class 2 \(pug\) has parent 2, expected an index 0\.\.1"),
+        ({"parents": [1, -1, 0]}, r"class 1 \(manx\) has parent -1"),
+        ({"parents": [1, 0, True]}, r"class 2 \(pug\) has parent True"),
+        ({"parents": [1, 0, 0.5]}, r"class 2 \(pug\) has parent 0.5"),
+        ({"parents": [1, 0, None]}, r"class 2 \(pug\) has parent None"),
+        ({"parents": [1, 0]}, "2 parents for 3 classes"),
+        ({"parents": ["dogs", "cats", "wolves"]}, "parent 'wolves' is not among"),
+        ({"parents": {"cats": [[0, 0]], "dogs": [[2, 2]]}}, r"\[2, 2\] of 'dogs' leaves a gap"),
+        ({"parents": {"cats": [[0, 1]], "dogs": [[1, 2]]}}, r"\[1, 2\] of 'dogs' leaves a gap or an"),
+        ({"parents": {"cats": [0, 1]}}, r"expected \[\[first, last\]"),
+        ({"parents": 3}, "got .* and 3"),
+        ({"classes": ["pug", "manx", "pug"]}, "'pug' is at 0 and 2"),
+        ({"superclasses": ["cats", "cats"]}, "'cats' is at 0 and 1"),
+        ({"classes": ["pug", "manx", 3]}, "classes must be a list of names"),
+        ({"classes": "abc"}, "classes must be a list of names"),
+        ({"superclasses": None}, "'superclasses' must be a list"),
+        ({"classes": [], "parents": []}, "classes is empty"),
+    ],
+)
 def test_errors_of_a_file_name_the_file_and_the_offender(change, words, tmp_path):
     path = tmp_path / "some.json"
     path.write_text(json.dumps(pets(**change)))
@@ -174,10 +190,16 @@ def test_errors_of_a_file_name_the_file_and_the_offender(change, words, tmp_path
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("{", "is not JSON"), ("[]", "'superclasses' and 'parents'"), ('{"classes": []}', "'parents'"),
-    ('{"categories": [{"name": "a"}]}', "lack 'id'"), ("\xff", "is not JSON"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "is not JSON"),
+        ("[]", "'superclasses' and 'parents'"),
+        ('{"classes": []}', "'parents'"),
+        ('{"categories": [{"name": "a"}]}', "lack 'id'"),
+        ("\xff", "is not JSON"),
+    ],
+)
 def test_other_files_are_refused(text, words, tmp_path):
     path = tmp_path / "some.json"
     path.write_text(text, encoding="latin-1")
@@ -210,8 +232,16 @@ def test_annotation_file_sorted_by_id(tmp_path):
 
 
 def test_two_levels_are_the_hierarchy(tmp_path):
-    make(tmp_path, "dogs/pug/1.jpg", "cats/manx/1.jpg", "cats/.DS_Store", ".cache/x/1.jpg",
-         "cats/.ipynb_checkpoints/1.jpg", "dogs/akita/1.jpg", "readme.txt")
+    make(
+        tmp_path,
+        "dogs/pug/1.jpg",
+        "cats/manx/1.jpg",
+        "cats/.DS_Store",
+        ".cache/x/1.jpg",
+        "cats/.ipynb_checkpoints/1.jpg",
+        "dogs/akita/1.jpg",
+        "readme.txt",
+    )
     h = Hierarchy.load(tmp_path)
     assert h.superclasses == ("cats", "dogs") and h.classes == ("manx", "akita", "pug")
     assert h.parents.tolist() == [0, 1, 1] and h.name == tmp_path.name
@@ -239,21 +269,28 @@ def test_one_level_needs_a_hierarchy_in_it_or_beside_it(tmp_path):
     assert Hierarchy.load(root).parents.tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("files, words", [
-    (["train/pug/1.jpg", "val/pug/1.jpg"], "'pug' is in .*train and in .*val"),
-    (["cats/manx/1.jpg", "pug/1.jpg"], "'cats' has folders in it and 'pug' has none"),
-    (["1.jpg", "2.jpg"], "holds images but no folders"),
-    ([".DS_Store"], "has no class folders"),
-    ([f"train_mini/{SPECIES[0]}/1.jpg", f"val/{SPECIES[0]}/1.jpg"], "several image folders"),
-])
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["train/pug/1.jpg", "val/pug/1.jpg"], "'pug' is in .*train and in .*val"),
+        (["cats/manx/1.jpg", "pug/1.jpg"], "'cats' has folders in it and 'pug' has none"),
+        (["1.jpg", "2.jpg"], "holds images but no folders"),
+        ([".DS_Store"], "has no class folders"),
+        ([f"train_mini/{SPECIES[0]}/1.jpg", f"val/{SPECIES[0]}/1.jpg"], "several image folders"),
+    ],
+)
 def test_folders_that_are_no_hierarchy(files, words, tmp_path):
     make(tmp_path, *files)
     with pytest.raises(ValueError, match=words):
         Hierarchy.load(tmp_path)
 
 
-VEGFRU = {"veg200_images/carrot/v_13_01_0001.jpg": 12, "veg200_images/chive/v_01_02_0001.jpg": 0,
-          "veg200_images/chive/v_01_02_0002.jpg": 0, "fru92_images/apple/f_09_01_0001.jpg": 23}
+VEGFRU = {
+    "veg200_images/carrot/v_13_01_0001.jpg": 12,
+    "veg200_images/chive/v_01_02_0001.jpg": 0,
+    "veg200_images/chive/v_01_02_0002.jpg": 0,
+    "fru92_images/apple/f_09_01_0001.jpg": 23,
+}
 
 
 @pytest.mark.parametrize("base", [0, 1])
@@ -295,10 +332,22 @@ def test_vegfru_files_that_disagree(tmp_path):
         Hierarchy.load(tmp_path)
 
 
-@pytest.mark.parametrize("query, label", [
-    (7, 7), ("7", 7), ("007", 7), (SPECIES[3], 3), ("Vulpes vulpes", 7), ("vulpes_VULPES", 7),
-    ("corax", 5), ("Corvidae", 5), ("bufo", 4), ("bellis", 11), (" Esox  lucius ", 3),
-])
+@pytest.mark.parametrize(
+    "query, label",
+    [
+        (7, 7),
+        ("7", 7),
+        ("007", 7),
+        (SPECIES[3], 3),
+        ("Vulpes vulpes", 7),
+        ("vulpes_VULPES", 7),
+        ("corax", 5),
+        ("Corvidae", 5),
+        ("bufo", 4),
+        ("bellis", 11),
+        (" Esox  lucius ", 3),
+    ],
+)
 def test_find(query, label):
     assert Hierarchy.from_class_names(SPECIES).find(query) == label
 
@@ -309,12 +358,17 @@ def test_find_prefers_the_whole_taxon_at_the_end():
     assert Hierarchy(h.classes[2:] + h.classes[:1], ("all",), [0] * 3).find("fox") == 2
 
 
-@pytest.mark.parametrize("query, words", [
-    ("Vulpes", "fits 2 classes .*Vulpes_lagopus.*Vulpes_vulpes"),
-    ("Vulpes vulpis", "the nearest are '00007_.*Vulpes_vulpes'"),
-    ("12", r"Class 12 is out of range: .* has 0\.\.11"), ("-1", "Class -1 is out of range"),
-    ("qqqqqqq", "No class of .* is called 'qqqqqqq': it has"), ("", "No class"),
-])
+@pytest.mark.parametrize(
+    "query, words",
+    [
+        ("Vulpes", "fits 2 classes .*Vulpes_lagopus.*Vulpes_vulpes"),
+        ("Vulpes vulpis", "the nearest are '00007_.*Vulpes_vulpes'"),
+        ("12", r"Class 12 is out of range: .* has 0\.\.11"),
+        ("-1", "Class -1 is out of range"),
+        ("qqqqqqq", "No class of .* is called 'qqqqqqq': it has"),
+        ("", "No class"),
+    ],
+)
 def test_find_says_what_is_near(query, words):
     with pytest.raises(ValueError, match=words):
         Hierarchy.from_class_names(SPECIES).find(query)

@@ -35,9 +35,7 @@ def describe(data, hierarchy, autoencoder, args):
     return {
         "format": LATENTS_FORMAT,
         "images": len(data),
-        "image_list": hashlib.sha256(
-            json.dumps([names, data.labels.tolist()]).encode()
-        ).hexdigest(),
+        "image_list": hashlib.sha256(json.dumps([names, data.labels.tolist()]).encode()).hexdigest(),
         "image_size": args.image_size,
         "vae": args.vae,
         "scale": autoencoder.scale,
@@ -68,14 +66,9 @@ def prepare(out, info, labels):
         out.mkdir(parents=True, exist_ok=True)
         need, free = 2 * int(np.prod(shape_of(info))), shutil.disk_usage(out).free
         if need > free:
-            raise ValueError(
-                f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: "
-                "choose another --out."
-            )
+            raise ValueError(f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: choose another --out.")
         (out / "done").mkdir(exist_ok=True)
-        np.lib.format.open_memmap(
-            out / "moments.npy", mode="w+", dtype=np.float16, shape=shape_of(info)
-        )
+        np.lib.format.open_memmap(out / "moments.npy", mode="w+", dtype=np.float16, shape=shape_of(info))
         np.save(out / "labels.npy", labels.numpy())
         write_json(out / "begun.json", info)
     return False
@@ -94,16 +87,12 @@ def moments_of(images, autoencoder, flips):
 
 def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num_workers=4):
     """Encode those of this rank's chunks (every `world`-th) that are not done."""
-    chunks = [
-        k for k in range(rank, -(-len(data) // CHUNK), world) if not (out / f"done/{k}").exists()
-    ]
+    chunks = [k for k in range(rank, -(-len(data) // CHUNK), world) if not (out / f"done/{k}").exists()]
     batches = []  # of rows, none across the border of a chunk
     for k in chunks:
         rows = range(k * CHUNK, min((k + 1) * CHUNK, len(data)))
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    loader = DataLoader(
-        data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda"
-    )
+    loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
     moments = np.load(out / "moments.npy", mmap_mode="r")
     begin, item = moments.offset, moments[0].nbytes
