@@ -34,6 +34,7 @@ from steps import backward, drawn, latents_of, learning_rate_factor
 
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
 PREVIEW_IMAGES = 16
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args():
@@ -78,6 +79,7 @@ def parse_args():
     add("--global-seed", type=int, default=0)
     add("--num-workers", type=int, default=4)
     add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--adapter-dtype", choices=list(DTYPES), default="fp32", help="how adapters are stored")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--log-every", type=int, default=100)
     add("--ckpt-every", type=int, default=50_000)
@@ -191,9 +193,9 @@ def newest_state(folder):
 # ---- the run ----------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder, model, ema, optimizer, description, autoencoder):
+def write_checkpoint(folder, model, ema, optimizer, description, autoencoder, dtype):
     step = f"{description['step']:07d}"
-    checkpoint.save_adapter(folder / f"adapters/{step}.safetensors", ema.average, model, description)
+    checkpoint.save_adapter(folder / f"adapters/{step}.safetensors", ema.average, model, description, dtype)
     checkpoint.save_state(folder / f"states/{step}.safetensors", ema.parameters, ema.average, optimizer, description)
     classes = model.y_embedder.num_classes
     labels = np.linspace(0, classes - 1, min(PREVIEW_IMAGES, classes)).round().astype(int)
@@ -288,7 +290,7 @@ def train(args):
             log.write(accelerator, step + 1, lr=optimizer.param_groups[0]["lr"])
         if (step + 1) % args.ckpt_every == 0 or last:
             if main:
-                write_checkpoint(folder, model, ema, optimizer, description, autoencoder)
+                write_checkpoint(folder, model, ema, optimizer, description, autoencoder, DTYPES[args.adapter_dtype])
             accelerator.wait_for_everyone()
     log.end(folder / f"adapters/{description['step']:07d}.safetensors")
     accelerator.end_training()

@@ -21,7 +21,7 @@ from hierarchy import Hierarchy
 from pictures import labelled_grid
 from runtime import run_command
 
-STEPS, BATCH, SHIFT = 700, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of 32 pixels
+STEPS, BATCH, SHIFT = 350, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of 32 pixels
 PER_BLOCK = 12  # classes of a superclass in the grid
 
 
