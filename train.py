@@ -243,6 +243,7 @@ def train(args):
     steps = batches.max_steps = args.max_steps or args.epochs * batches.steps_per_epoch
 
     description = describe(args, hierarchy, autoencoder)
+    torch.manual_seed(args.global_seed)
     model = checkpoint.build(description, args.class_dropout_prob)
     folder, state = run_folder(args, accelerator)
     parameters = select(model, METHODS[args.method])

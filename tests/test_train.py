@@ -1,0 +1,210 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tree, write_images
+from PIL import Image
+
+import checkpoint
+import train
+from tools import encode_latents
+
+ROOT = Path(train.__file__).parent
+FLAGS = "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5".split()
+VAE = ["--vae", str(ROOT / "assets/vae"), "--image-size", "64", "--resume", "none"]
+
+
+@pytest.fixture(scope="module")
+def run(command, images, base, tmp_path_factory):
+    """run(name, *flags) -> the folder of a run of two steps from `base` on `images`."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(name, *flags, data=("--data-path", images)):
+        start = ["--resume", base, "--results-dir", root, "--experiment", name, "--max-steps", 2]
+        result = command(train.main, *FLAGS, *data, *start, *flags)
+        assert result.code == 0, result.err
+        assert result.out.endswith("safetensors\n") and Path(result.out.split("\n")[-2]).is_file()
+        return root / name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PREVIEW, "steps", 2)
+        yield run
+
+
+def last(folder, kind="states"):
+    return max(folder.glob(f"{kind}/*.safetensors"))
+
+
+def state_of(folder):
+    return checkpoint.read(last(folder))[0]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def distance(a, b, kind=""):
+    """|a - b| / |b| of all tensors whose name begins with `kind`, as one vector."""
+    assert a.keys() == b.keys()
+    a, b = (torch.cat([x[name].flatten().double() for name in x if name.startswith(kind)]) for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the dry run ---------------------------------------------------------------------------------
+
+PLAIN, TIERED = 685_628_960, 685_640_480  # all parameters, with 1 null row or 11 superclass rows
+
+
+@pytest.mark.parametrize(
+    "flags, total, trained",
+    [
+        ("--method full", PLAIN, 685_202_720),
+        ("--method bitfit", PLAIN, 12_010_784),
+        ("--method difffit", PLAIN + 2 * 28, 12_142_168),
+        # beside BitFit: 56 affine LayerNorms of the blocks, and 6 x 1152 gammas in each of 14 blocks
+        ("--method difffit-orig", PLAIN + 14 * 6 * 1152, 12_010_784 + 56 * 2 * 1152 + 14 * 6 * 1152),
+        ("", TIERED, 12_153_632),
+        ("--image-size 512", 686_525_216, 12_153_632),
+        ("--hierarchy vegfru", TIERED - (10_011 - 317) * 1152, 986_144),
+        ("--method bitfit --embedder tiered", TIERED, 12_010_784 + 10 * 1152),
+    ],
+)
+def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command(train.main, "--dry-run", "--data-path", "nowhere", *flags.split())
+    assert (result.code, result.err, tree(tmp_path)) == (0, "", {})
+    settings = json.loads(result.out)
+    assert (settings["total_params"], settings["trainable_params"]) == (total, trained)
+    assert settings["trainable_percent"] == pytest.approx(100 * trained / total, abs=1e-4)
+    assert settings["lr"] == (1e-3 if "orig" in flags else 1e-4)
+    assert settings["num_classes"] == (292 if "vegfru" in flags else 10_000)
+    assert settings["embedder"] == ("tiered" if total != PLAIN and "fit" not in flags or "tiered" in flags else "null")
+    flags = {"data_path", "ema_decay", "flip", "global_batch_size", "image_size", "method", "num_super_classes", "vae"}
+    assert flags <= settings.keys()
+
+
+# ---- what a run writes ---------------------------------------------------------------------------
+
+
+def test_files_of_a_run(command, images, base, tmp_path, run):
+    for number in (0, 1):
+        result = command(
+            train.main,
+            *FLAGS,
+            *("--data-path", images, "--resume", base, "--results-dir", tmp_path),
+            *("--epochs", 1, "--log-every", 2, "--ckpt-every", 3),
+        )
+        assert result.code == 0, result.err
+        folder = tmp_path / f"00{number}-DiT-Ti-2-finediffusion"
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        numbered = {
+            f"{kind}/000000{step}.{suffix}"
+            for step in (3, 5)
+            for kind, suffix in (("adapters", "safetensors"), ("states", "safetensors"), ("samples", "png"))
+        }
+        assert files == numbered | {"args.json", "log.txt", "metrics.jsonl"}
+    assert [row["step"] for row in metrics(folder)] == [2, 4, 5]  # 20 images in batches of 4: an epoch is 5 steps
+    for row in metrics(folder):
+        assert row.keys() == {"step", "loss", "mse", "vb", "steps_per_s", "lr"} and row["lr"] == 1e-3
+        assert row["loss"] == pytest.approx(row["mse"] + row["vb"], rel=1e-5) and row["mse"] > 0
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert len(lines) == 4 and "finediffusion, 23,064 trained parameters, 20 images, Hierarchy(pets: 5 / 2)" in lines[0]
+    assert json.loads((folder / "args.json").read_text())["epochs"] == 1
+    with Image.open(folder / "samples/0000005.png") as grid:
+        assert grid.size == (4 * 10 + 2, 2 * 10 + 2)  # five classes of 8 pixels in rows of four
+    shutil.rmtree(tmp_path / "000-DiT-Ti-2-finediffusion")
+    args = train.argparse.Namespace(resume=None, results_dir=tmp_path, experiment=None, model="DiT-Ti/2", method="full")
+    folder, _ = train.run_folder(args, train.Accelerator(cpu=True))
+    assert folder.name == "002-DiT-Ti-2-full"  # a number is not given twice
+
+
+def start_of(base, name, shape, method):
+    """The value that a parameter of a new run has, by its name; None for the class table."""
+    if name in base:
+        return base[name] if base[name].shape == shape else None
+    assert ".norm" in name or "gamma_" in name and method.startswith("difffit")
+    return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+
+TRAINED = {
+    "finediffusion": lambda name: name.endswith("bias") or ".norm" in name,
+    "full": lambda name: ".norm" not in name and name != "pos_embed",
+    "bitfit": lambda name: name.endswith("bias") and ".norm" not in name,
+    "difffit": lambda name: name.endswith("bias") or ".norm" in name or "gamma" in name,
+    "difffit-orig": lambda name: "norm_final" not in name and (name.endswith("bias") or "norm" in name or "gamma" in name),
+}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_exactly_the_chosen_parameters_move(method, run, base):
+    folder = run(method, "--method", method)
+    model, description = checkpoint.load_adapted(last(folder, "adapters"))
+    weights, start, averages = model.state_dict(), torch.load(base), state_of(folder)
+    moved = set()
+    for name, tensor in weights.items():
+        before = start_of(start, name, tensor.shape, method)
+        assert before is not None or name == checkpoint.TABLE
+        if before is None or not torch.equal(tensor, before):
+            moved.add(name)
+    assert moved == {name for name in weights if TRAINED[method](name) or name == checkpoint.TABLE}
+    assert len(weights[checkpoint.TABLE]) == 5 + (2 if method == "finediffusion" else 1)
+    assert description["step"] == 2 and description["trained"] == sorted(moved)
+    assert description["base"] == {"path": str(base), "sha256": checkpoint.sha256(base)}
+    # base + adapter is the average of the training, bit for bit
+    averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
+    assert averages.keys() == moved and all(torch.equal(weights[name], averages[name]) for name in moved)
+
+
+# ---- the same numbers another way ----------------------------------------------------------------
+
+
+def test_a_continued_run_is_the_unbroken_one(run):
+    unbroken = state_of(run("unbroken", "--max-steps", 7))  # over the end of an epoch
+    stopped = run("stopped", "--max-steps", 3)
+    assert not same(state_of(stopped), unbroken)
+    for name in ("folder", "state"):
+        shutil.copytree(stopped, stopped.parent / name)
+    folder = stopped.parent / "folder"
+    run("unused", "--max-steps", 7, "--resume", folder)
+    assert same(state_of(folder), unbroken)
+    run("unused", "--max-steps", 7, "--resume", stopped.parent / "state/states/0000003.safetensors")
+    assert same(state_of(stopped.parent / "state"), unbroken)
+    run("stopped", "--max-steps", 7)  # the same command
+    assert same(state_of(stopped), unbroken)
+    assert not (stopped.parent / "unused").exists()
+    assert [row["step"] for row in metrics(stopped)] == [3, 7]
+    run("stopped", "--max-steps", 7)  # nothing left to do
+    assert same(state_of(stopped), unbroken) and len(metrics(stopped)) == 2
+
+
+def test_random_weights_are_the_seeds(run):
+    flags = "--resume", "none", "--method", "bitfit"
+    unbroken = run("random", *flags)
+    torch.manual_seed(123)  # what else was drawn in the process does not matter
+    run("random-stopped", *flags, "--max-steps", 1)
+    stopped = run("random-stopped", *flags)
+    assert same(state_of(stopped), state_of(unbroken))
+    whole = [checkpoint.load_adapted(last(folder, "adapters"))[0].state_dict() for folder in (unbroken, stopped)]
+    assert same(*whole)
+    other = run("random-other", *flags, "--global-seed", 1)
+    assert not torch.equal(
+        checkpoint.read(last(other, "adapters"))[0]["blocks.0.attn.qkv.weight"], whole[0]["blocks.0.attn.qkv.weight"]
+    )
+
+
+def test_a_batch_in_parts_has_the_same_gradient(run):
+    whole, parts = (run(f"parts{n}", "--grad-accum", n, "--max-steps", 3) for n in (1, 3))
+    print(*(distance(state_of(parts), state_of(whole), k) for k in ("now/", "exp_avg/", "exp_avg_sq/")))
+
+
+def test_two_processes_are_one(run, images, base):
+    pass
