@@ -1,6 +1,7 @@
 """The autoencoder between pixels and latents, and its scale; or none, for a model that works on pixels.
 
-Images are (N, 3, H, W) in [-1, 1]; latents are (N, C, H/f, W/f), scaled to about unit variance (arXiv 2112.10752, section 4.3.2).
+Images are (N, 3, H, W) in [-1, 1]; latents are (N, C, H/f, W/f), scaled to about unit variance (arXiv 2112.10752,
+section 4.3.2).
 """
 
 import torch

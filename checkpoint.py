@@ -56,14 +56,14 @@ def read_pickle(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zip_file(path))
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason:
+        if "GLOBAL" in reason:
             raise ValueError(
                 f"{path} holds pickled code, which is not run, expected tensors only: convert it to safetensors "
                 "where you trust it."
             ) from None
         raise ValueError(f"{path} is no checkpoint that torch can read, expected DiT's form: {GET}.") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged pickle raises anything: struct.error, AssertionError, TypeError, ...
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is truncated or no checkpoint ({reason}): {GET}.") from None
 
 
@@ -144,7 +144,7 @@ def build(description, class_dropout_prob=0.1):
 
 
 def load(model, tensors, source, new_table=False):
-    """Put `tensors` into `model`; norms may all be absent (a plain DiT), and so may gammas.
+    """Put `tensors` into `model`; all norms may be absent (a plain DiT), or the last one (difffit-orig), and so may gammas.
 
     With `new_table` a class table of another shape is left out: the model keeps its own. Returns the names left as they were.
     ValueError where anything else is missing, unexpected or of another shape, and `source` is named.
@@ -154,10 +154,10 @@ def load(model, tensors, source, new_table=False):
     if new_table and TABLE in tensors and tensors[TABLE].shape != own[TABLE].shape:
         del tensors[TABLE]
     absent = [name for name in own if name not in tensors]
-    norms = [name for name in own if kind_of(name) == "norm"]
     free = {name for name in own if kind_of(name) == "gamma"} | ({TABLE} if new_table else set())
-    if not any(name in tensors for name in norms):
-        free |= set(norms)
+    for part in ("blocks.", "final_layer."):
+        norms = {name for name in own if kind_of(name) == "norm" and name.startswith(part)}
+        free |= norms if norms.isdisjoint(tensors) else set()
     missing = [name for name in absent if name not in free]
     unexpected = [name for name in tensors if name not in own]
     shapes = [

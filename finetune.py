@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Method:
-    """`trains`: kinds of parameters (see `kind_of`); `embedder`: "tiered", or "null" for one null row instead of superclasses."""
+    """`trains`: kinds of parameters, see `kind_of`; `embedder`: "tiered", or "null", one null row for the superclasses'."""
 
     trains: frozenset
     embedder: str = "null"
@@ -55,10 +55,11 @@ def kind_of(name):
 
 
 def add_gammas(model, form):
-    """Give blocks DiffFit's factors, 1 at the start, as parameters `gamma_*` that scale what a part of the block puts out.
+    """Give blocks DiffFit's factors, 1 at the start, as parameters `gamma_*` that scale what a part of the block puts
+    out.
 
-    "scalar": one on each residual branch of every block. "vector": on qkv (3D,), proj (D,) and each branch (D,), in the first
-    VECTOR_GAMMA_BLOCKS blocks.
+    "scalar": one on each residual branch of every block. "vector": on qkv (3D,), proj (D,) and each branch (D,), in
+    the first VECTOR_GAMMA_BLOCKS blocks.
     """
     if form == "none":
         return
@@ -93,7 +94,7 @@ def select(model, method):
 
 
 class EMA:
-    """Exponential moving average of `parameters` ({name: tensor}), float32: `average <- decay * average + (1 - decay) * now`."""
+    """Moving average of `parameters` ({name: tensor}), float32: average <- decay * average + (1 - decay) * now."""
 
     def __init__(self, parameters, decay):
         self.decay = decay

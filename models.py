@@ -1,6 +1,7 @@
-"""DiT (arXiv 2212.09748) with affine LayerNorms and a tiered label embedder: the model of FineDiffusion (arXiv 2402.18331).
+"""DiT (arXiv 2212.09748) with affine LayerNorms and a tiered class table: the model of FineDiffusion.
 
-Shapes: N images, C latent channels, H x W latent pixels, T = (H / p) * (W / p) tokens of width D, p the patch size.
+FineDiffusion is arXiv 2402.18331. Shapes: N images, C latent channels, H x W latent pixels, T = (H / p) * (W / p)
+tokens of width D, p the patch size.
 """
 
 import math
@@ -30,7 +31,7 @@ def sinusoids(position, dim, sin_first=False):
 
 
 def sincos_2d(dim, grid_size):
-    """Fixed position embedding of a square grid, row by row: (1, grid_size**2, dim); x fills the first half of dim, y the second."""
+    """Fixed position embedding of a square grid, row by row: (1, grid_size**2, dim); the first half of dim is x, then y."""
     line = torch.arange(grid_size, dtype=torch.float64)
     y, x = torch.meshgrid(line, line, indexing="ij")
     halves = [sinusoids(axis.flatten(), dim // 2, sin_first=True) for axis in (x, y)]
@@ -92,9 +93,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer conditioned on a timestep and a row of the tiered class table.
 
-    `input_size`: side of the (latent) image, divisible by `patch_size`. `num_super_classes=1` makes it a plain DiT, its
-    superclass row the null class. `parents`: see `TieredEmbedder`. `learn_sigma` doubles the output channels: the noise,
-    then the interpolation of the variance (arXiv 2102.09672, eq. 15).
+    `input_size`: side of the (latent) image, divisible by `patch_size`. `num_super_classes=1` makes it a plain DiT,
+    its superclass row the null class. `parents`: see `TieredEmbedder`. `learn_sigma` doubles the output channels: the
+    noise, then the interpolation of the variance (arXiv 2102.09672, eq. 15).
     """
 
     def __init__(
@@ -173,9 +174,9 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
         """Guided forward for sampling (arXiv 2402.18331, eq. 1): eps(x|p) + cfg_scale * (eps(x|c) - eps(x|p)).
 
-        x, t, y: (2N, ...); y holds N classes c, then the N rows p that guide them (their superclasses, or the null class);
-        the second half of x is not looked at. Both halves of the result carry the guided noise in the first `cfg_channels`
-        channels (3 as in the official code, or "all") and their own prediction in the others.
+        x, t, y: (2N, ...); y holds N classes c, then the N rows p that guide them (their superclasses, or the null
+        class); the second half of x is not looked at. Both halves of the result carry the guided noise in the first
+        `cfg_channels` channels (3 as in the official code, or "all") and their own prediction in the others.
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)

@@ -28,7 +28,8 @@ def fitted(text, font, width):
 def labelled_grid(images, captions, columns, cell=None, row_titles=()):
     """A PIL picture of `images`, uint8 (N, 3, H, W), row by row, each over its caption ("" for none).
 
-    `cell`: side in pixels to which images are enlarged (default: as they are, at least 96). `row_titles`: text over rows, "" for none.
+    `cell`: side in pixels to which images are enlarged (default: as they are, at least 96). `row_titles`: text over
+    rows, "" for none.
     """
     assert len(images) == len(captions) and images.dtype == torch.uint8
     height, width = images.shape[2:]

@@ -13,7 +13,7 @@ SAMPLERS = ("ddpm", "ddim")
 
 
 def noise_streams(seed, labels, positions):
-    """One CPU generator per image, set by (seed, class, position) alone: a picture depends on no batch and no device."""
+    """One CPU generator per image, set by (seed, class, position) alone: no batch and no device changes a picture."""
     streams = []
     for label, position in zip(labels, positions):
         digest = hashlib.blake2b(f"{seed} {label} {position}".encode(), digest_size=8).digest()
@@ -32,8 +32,8 @@ def superclass_guidance(model, labels, scale, channels=3):
 
     eps = eps(x|p) + scale * (eps(x|c) - eps(x|p)), p the superclass of class c, or the null class of a plain DiT.
 
-    Guides the first `channels` channels (3 as in the official code, or "all"); the rest is the class's own. Scale 1 is the
-    class alone, with one forward pass of N rather than of 2N.
+    Guides the first `channels` channels (3 as in the official code, or "all"); the rest is the class's own. Scale 1
+    is the class alone, with one forward pass of N rather than of 2N.
     """
     if scale == 1:
         return lambda x, t: model(x, t, labels)
@@ -51,7 +51,8 @@ def sample_latents(
 ):
     """Latents (N, C, h, w) of `labels` (N,), image i from the noise stream (seed, labels[i], positions[i]).
 
-    `sampler`: "ddpm" (arXiv 2006.11239) or "ddim" (arXiv 2010.02502, eta 0), with `steps` evenly spaced of the 1000 timesteps.
+    `sampler`: "ddpm" (arXiv 2006.11239) or "ddim" (arXiv 2010.02502, eta 0), with `steps` evenly spaced of the 1000
+    timesteps.
     """
     device = model.pos_embed.device
     labels = torch.as_tensor(labels, device=device)
@@ -73,7 +74,7 @@ def sample_latents(
 
 
 def sample_latents_official(model, labels, *, seed, cfg_scale, steps=250, cfg_channels=3, progress=False):
-    """As the official `sample.py`: one global random stream set by `seed`, drawn for both halves of the guided batch."""
+    """As the official `sample.py`: one global stream set by `seed`, drawn for both halves of the guided batch."""
     device = model.pos_embed.device
     torch.manual_seed(seed)
     labels = torch.as_tensor(labels, device=device)

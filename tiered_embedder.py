@@ -12,8 +12,8 @@ from torch import nn
 class TieredEmbedder(nn.Module):
     """Embed class labels; in training, replace a label by its superclass's with probability `dropout_prob`.
 
-    `parents`: LongTensor (num_classes,), values in `0 .. num_super_classes-1`. It is not part of the state dict. It may be
-    None: all zeros for a single superclass; else only rows can be looked up and nothing can be dropped.
+    `parents`: LongTensor (num_classes,), values in `0 .. num_super_classes-1`. It is not part of the state dict. It
+    may be None: all zeros for a single superclass; else only rows can be looked up and nothing can be dropped.
     """
 
     def __init__(self, num_classes, num_super_classes, hidden_size, dropout_prob=0.1, parents=None):
@@ -52,7 +52,7 @@ class TieredEmbedder(nn.Module):
         return torch.where(labels < self.num_classes, rows, labels)
 
     def token_drop(self, labels, force_drop_ids=None):
-        """A copy of `labels` (N,) with superclass rows where dropped: at random, or where `force_drop_ids` (N,) is 1."""
+        """A copy of `labels` (N,), superclass rows where dropped: at random, or where `force_drop_ids` (N,) is 1."""
         if force_drop_ids is None:
             drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
         else:

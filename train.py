@@ -180,7 +180,8 @@ def run_folder(args, accelerator):
         folder = root / args.experiment
         return folder, newest_state(folder)
     name = f"{args.model.replace('/', '-')}-{args.method}"
-    number = len(list(root.glob("[0-9][0-9][0-9]-*"))) if root.exists() else 0
+    taken = [int(path.name[:3]) for path in root.glob("[0-9][0-9][0-9]-*")]
+    number = max(taken, default=-1) + 1
     accelerator.wait_for_everyone()  # before anyone makes the folder
     return root / f"{number:03d}-{name}", None
 

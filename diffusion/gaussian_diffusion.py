@@ -9,6 +9,7 @@ it chooses the variance too. Half-precision model outputs are brought to float32
 """
 
 import math
+from collections import deque
 from functools import partial
 from typing import NamedTuple
 
@@ -307,9 +308,7 @@ class GaussianDiffusion:
 
 
 def _last(steps):
-    for out in steps:
-        pass
-    return out["sample"]
+    return deque(steps, maxlen=1).pop()["sample"]
 
 
 def _noise_of(shape, noise):

@@ -2,10 +2,10 @@
 
     python -m tools.glyphs --out data/glyphs --set new
 
-Superclass = Unicode block, class = code point, variety = face, size, shift and rotation: `block/code_NAME/*.png`, white on black,
-64 pixels. The fonts are the DejaVu and STIX faces inside matplotlib. Faces in HELD_OUT are never trained on; `--faces held-out`
-draws them. `--set base` is what the base model knows, `--set new` what the quick start fine-tunes to: no block is in both,
-and no glyph of one looks like a glyph of the other.
+Superclass = Unicode block, class = code point, variety = face, size, shift and rotation: `block/code_NAME/*.png`,
+white on black, 64 pixels. The fonts are the DejaVu and STIX faces inside matplotlib. Faces in HELD_OUT are never
+trained on; `--faces held-out` draws them. `--set base` is what the base model knows, `--set new` what the quick start
+fine-tunes to: no block is in both, and no glyph of one looks like a glyph of the other.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def portrait(code):
 
 
 def difference(a, b):
-    """Of portraits (..., 3, h, w): ink that only one has over ink of either, mean over shared faces; 0 the same, 1 apart."""
+    """Of portraits (..., 3, h, w): ink that one alone has over all ink, mean over shared faces; 0 the same, 1 apart."""
     apart = np.abs(a - b).sum((-1, -2))
     either = np.maximum(a, b).sum((-1, -2))
     shared = (a.sum((-1, -2)) > 0) & (b.sum((-1, -2)) > 0)
@@ -131,7 +131,7 @@ def usable(code):
 
 
 def choose():
-    """{"base": {block: [code points]}, "new": {...}} without look-alikes: of two, the earlier code point keeps its place."""
+    """{"base": {block: [code points]}, "new": {...}}; of two look-alikes the earlier code point keeps its place."""
     portraits, chosen = [], {}
     for which, blocks in BLOCKS.items():
         chosen[which] = {}
@@ -157,7 +157,7 @@ def class_name(code):
 
 
 def write(out, which, held_out, per_class, seed):
-    """Write `per_class` images of every class of the set `which`, faces in turn; the images depend on the arguments alone."""
+    """Write `per_class` images of every class of a set, faces in turn; they depend on the arguments alone."""
     jobs = [(block, code) for block, codes in classes(which).items() for code in codes]
     for block, code in tqdm(jobs, desc=f"glyphs: {which}", unit="class"):
         folder = Path(out, block.replace(" ", "_"), class_name(code))

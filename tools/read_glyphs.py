@@ -1,9 +1,10 @@
 """Let a small classifier, trained on real glyphs, read generated ones.
 
-    python -m tools.read_glyphs --train data/train --real data/held-out --generated "w = 1=samples/w1" "w = 2=samples/w2" --out grid.png
+    python -m tools.read_glyphs --train data/train --real data/held-out --generated "w = 2=samples/w2" --out grid.png
 
-Prints, for the real held-out faces and for every folder of generated images, the share read as the right class and as a class of the
-right superclass, and draws a grid of real above generated glyphs. The superclass rows of `--train` are the hierarchy.
+Prints, for the real held-out faces and for every folder of generated images, the share read as the right class and as
+a class of the right superclass, and draws a grid of real above generated glyphs. The superclass rows of `--train` are
+the hierarchy.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m tools.train_autoencoder --data-path data/glyphs-base --out assets/vae
 
-Half of the loss is absolute error, half is squared error, plus KL_WEIGHT times the KL divergence (nats per latent number). The scale
-that brings the latents to unit variance goes into config.json, the weights are stored in fp16.
+Half of the loss is absolute error, half is squared error, plus KL_WEIGHT times the KL divergence (nats per latent
+number). The scale that brings the latents to unit variance goes into config.json, the weights are stored in fp16.
 """
 
 import argparse

@@ -1,0 +1,214 @@
+"""What each method trains: counts, names, and what an optimizer step really changes; DiffFit's gammas; the average."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import GOLDEN, awake, tiny_dit
+from torch.testing import assert_close
+
+from checkpoint import TABLE, build
+from diffusion import create_diffusion
+from finetune import EMA, METHODS, add_gammas, kind_of, select
+from hierarchy import Hierarchy
+
+SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
+
+
+def meta_xl(method, hierarchy="inat2021", latent_size=32):
+    description = {
+        "model": "DiT-XL/2",
+        "latent_size": latent_size,
+        "channels": 4,
+        "hierarchy": Hierarchy.load(hierarchy),
+        "method": method,
+        "embedder": METHODS[method].embedder,
+    }
+    with torch.device("meta"):
+        return build(description)
+
+
+def method_model(method, seed=0):
+    """A tiny DiT of that method, awake, and what the method trains."""
+    torch.manual_seed(seed)
+    null = METHODS[method].embedder == "null"
+    model = tiny_dit(num_super_classes=1, parents=None) if null else tiny_dit()
+    add_gammas(model, METHODS[method].gammas)
+    return awake(model, seed), select(model, METHODS[method])
+
+
+def numbers(parameters):
+    return sum(p.numel() for p in parameters.values())
+
+
+# ---- DiT-XL/2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, trained, total",
+    [
+        ("finediffusion", 12_153_632, 685_640_480),
+        ("full", 685_202_720, None),
+        ("bitfit", 12_010_784, None),
+        ("difffit", 12_142_168, None),
+        # BitFit, the norms of 28 blocks (4D each), and the gammas of 14 blocks (3D + D + D + D); D = 1152
+        ("difffit-orig", 12_010_784 + 28 * 4 * 1152 + 14 * 6 * 1152, None),
+    ],
+)
+def test_trained_numbers_on_inaturalist(method, trained, total):
+    model = meta_xl(method)
+    chosen = select(model, METHODS[method])
+    assert numbers(chosen) == trained
+    assert numbers({name: p for name, p in model.named_parameters() if p.requires_grad}) == trained
+    assert total in (None, numbers(dict(model.named_parameters())))
+    assert chosen[TABLE].shape == ((10011 if METHODS[method].embedder == "tiered" else 10001), 1152)
+
+
+def test_trained_numbers_on_vegfru():
+    assert numbers(select(meta_xl("finediffusion", "vegfru"), METHODS["finediffusion"])) == 986_144
+
+
+@pytest.mark.parametrize("name, latent_size", [("DiT-XL/2", 32), ("DiT-XL/2-512", 64)])
+def test_finediffusion_trains_what_the_official_code_trains(name, latent_size):
+    chosen = select(meta_xl("finediffusion", latent_size=latent_size), METHODS["finediffusion"])
+    assert sorted(chosen) == sorted(SHAPES[name]["trainable"]) and numbers(chosen) == SHAPES[name]["trainable_count"]
+
+
+def test_gammas_of_xl():
+    scalar, vector = (
+        {n: tuple(p.shape) for n, p in meta_xl(method).named_parameters() if kind_of(n) == "gamma"}
+        for method in ("difffit", "difffit-orig")
+    )
+    assert scalar == {f"blocks.{i}.gamma_{part}": () for i in range(28) for part in ("attn", "mlp")}
+    widths = {"qkv": 3 * 1152, "proj": 1152, "attn": 1152, "mlp": 1152}
+    assert vector == {f"blocks.{i}.gamma_{part}": (width,) for i in range(14) for part, width in widths.items()}
+
+
+# ---- what changes -----------------------------------------------------------------------------------------------------
+
+
+def train_step(model, labels):
+    """One step of AdamW on every parameter that has a gradient, as the flags alone decide."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    generator = torch.Generator().manual_seed(5)
+    x, noise = torch.randn(2, len(labels), 4, 8, 8, generator=generator)
+    t = torch.linspace(1, 900, len(labels)).long()
+    inputs = {"y": labels, "force_drop_ids": torch.zeros(len(labels))}
+    create_diffusion("").training_losses(model.train(), x, t, inputs, noise)["loss"].mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_changes_exactly_what_the_method_trains(method):
+    model, chosen = method_model(method)
+    before = copy.deepcopy(model.state_dict())
+    train_step(model, torch.arange(model.y_embedder.embedding_table.num_embeddings))  # every row
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed == set(chosen)
+    assert (model.state_dict()[TABLE] != before[TABLE]).any(1).all()
+
+
+def test_rows_that_no_image_has_stay():
+    model, _ = method_model("finediffusion")
+    before = model.state_dict()[TABLE].clone()
+    train_step(model, torch.tensor([1, 1, 3, 6]))
+    changed = (model.state_dict()[TABLE] != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [1, 3, 6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selecting_again_forgets_the_first_selection(method):
+    model, chosen = method_model(method)
+    select(model, METHODS["bitfit"])
+    again = select(model, METHODS[method])
+    assert again.keys() == chosen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(again[name] is p for name, p in model.named_parameters() if name in again)
+
+
+def test_a_method_that_finds_nothing_is_a_mistake():
+    with pytest.raises(AssertionError, match="gamma"):
+        select(tiny_dit(), METHODS["difffit"])
+
+
+# ---- DiffFit's gammas -------------------------------------------------------------------------------------------------
+
+
+def forward(model):
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(x, torch.tensor([0, 9, 500, 999]), torch.tensor([0, 1, 4, 2]))
+
+
+@pytest.mark.parametrize("form", ["scalar", "vector"])
+def test_gammas_of_one_change_nothing(form):
+    model = awake(tiny_dit())
+    expected = forward(model)
+    add_gammas(model, form)
+    assert forward(model).equal(expected)
+    assert all((p == 1).all() for name, p in model.named_parameters() if kind_of(name) == "gamma")
+
+
+def scale_(linear, gamma):
+    linear.weight.mul_(gamma.reshape(-1, 1))
+    linear.bias.mul_(gamma)
+
+
+@pytest.mark.parametrize("form", ["scalar", "vector"])
+@torch.no_grad()
+def test_gammas_scale_what_a_part_puts_out(form):
+    """A gamma on a linear layer's output, or on a branch that ends in one, is a factor of its weight and bias."""
+    folded, model = awake(tiny_dit()), awake(tiny_dit())
+    folded.load_state_dict(model.state_dict())
+    plain = forward(model)
+    add_gammas(model, form)
+    generator = torch.Generator().manual_seed(2)
+    for block, scaled in zip(model.blocks, folded.blocks):
+        layers = {"qkv": scaled.attn.qkv, "proj": scaled.attn.proj, "attn": scaled.attn.proj, "mlp": scaled.mlp.fc2}
+        for name, layer in layers.items():
+            if (gamma := getattr(block, f"gamma_{name}", None)) is not None:
+                gamma.copy_(1 + 0.5 * torch.randn(gamma.shape, generator=generator))
+                scale_(layer, gamma)
+    out = forward(model)
+    assert_close(out, forward(folded), rtol=1e-4, atol=1e-5)
+    assert (out - plain).abs().max() > 1e-2
+
+
+# ---- the average ------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_follows_its_formula():
+    model, chosen = method_model("finediffusion")
+    ema, expected = EMA(chosen, 0.9), {name: p.detach().double() for name, p in chosen.items()}
+    for step in range(5):
+        awake(model, seed=step)
+        ema.update()
+        expected = {name: 0.9 * average + 0.1 * chosen[name].detach() for name, average in expected.items()}
+    assert ema.average.keys() == chosen.keys()
+    for name, average in ema.average.items():
+        assert average.dtype == torch.float32 and not average.requires_grad
+        assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay, follows", [(0.0, True), (1.0, False)])
+def test_averages_at_the_ends(decay, follows):
+    model, chosen = method_model("bitfit")
+    ema, first = EMA(chosen, decay), {name: p.detach().clone() for name, p in chosen.items()}
+    awake(model, seed=1)
+    ema.update()
+    assert all(ema.average[name].equal(p if follows else first[name]) for name, p in chosen.items())
+
+
+def test_swapping_twice_is_the_identity():
+    model, chosen = method_model("finediffusion")
+    ema = EMA(chosen, 0.9)
+    awake(model, seed=1)
+    now = copy.deepcopy(model.state_dict())
+    averages = copy.deepcopy(ema.average)
+    ema.swap()
+    swapped = model.state_dict()
+    assert all(value.equal(averages.get(name, now[name])) for name, value in swapped.items())
+    assert all(ema.average[name].equal(now[name]) and not ema.average[name].equal(averages[name]) for name in averages)
+    ema.swap()
+    assert all(value.equal(now[name]) for name, value in model.state_dict().items())
+    assert all(ema.average[name].equal(averages[name]) for name in averages)
