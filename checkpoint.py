@@ -33,8 +33,14 @@ GET = "download it again, or name another file"
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
 
+def check_file(path):
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}, expected weights: check the path.")
+
+
 def read_safetensors(path, names=None):
     """({name: tensor}, description) of a safetensors file, all or only `names`; ValueError if it is damaged."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if names is None else names
@@ -51,6 +57,7 @@ def description_of(path):
 
 def read_pickle(path):
     """What `torch.save` wrote, if it holds only tensors, plain values and argparse.Namespace; no code in it is run."""
+    check_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zip_file(path))
@@ -78,8 +85,6 @@ def read(path):
     Of {"model", "ema", "opt", "args"} the EMA is taken. ValueError where the file is absent, damaged or something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}, expected weights: check the path.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     record = read_pickle(path)
@@ -128,15 +133,19 @@ def download(url, path):
 # ---- building and loading ---------------------------------------------------------------------------------------------
 
 
-def build(description, class_dropout_prob=0.1):
-    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder", "method"."""
+def build(description, class_dropout_prob=0.1, counts_only=False):
+    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder", "method".
+
+    ValueError where a tiered one's hierarchy does not know its parents, unless `counts_only`: the model cannot train then.
+    """
     hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
+    mapped = tiered and (hierarchy.has_parents or not counts_only)
     model = DiT_models[description["model"]](
         input_size=description["latent_size"],
         in_channels=description["channels"],
         num_classes=hierarchy.num_classes,
         num_super_classes=hierarchy.num_super_classes if tiered else 1,
-        parents=hierarchy.parents if tiered and hierarchy.has_parents else None,
+        parents=hierarchy.parents if mapped else None,
         class_dropout_prob=class_dropout_prob,
     )
     add_gammas(model, METHODS[description["method"]].gammas)
@@ -195,13 +204,14 @@ def base_weights(base, needed_by, path=None):
     path = find(path or base["path"])
     if not path.is_file():
         raise ValueError(
-            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: pass it as --base."
+            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there or, to sample.py, "
+            "pass it as --base."
         )
     found = sha256(path)
     if found != base["sha256"]:
         raise ValueError(
-            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): pass the file "
-            "it was trained from as --base."
+            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): put it "
+            "back or, to sample.py, pass the file it was trained from as --base."
         )
     return whole(path)[0]
 
@@ -257,11 +267,21 @@ def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
     return {"path": str(path), "sha256": sha256(path)}
 
 
-def load_base_of(state, model):
-    """Fill the model with the base of the training state at `state`, whose own parameters come later; returns the base."""
+def load_base_of(state, model, run=None):
+    """Fill the model with the base of the training state at `state`, whose own parameters come later; returns the base.
+
+    ValueError where the description `run` is of another model, method or hierarchy than the state's.
+    """
     description = description_of(state)
     if description.get("format") != STATE:
         raise ValueError(f"{state} is no training state, expected one that train.py wrote: name another file.")
+    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
+    for key in ("model", "image_size", "method", "embedder", "hierarchy") if run else ():
+        if run[key] != description[key]:
+            raise ValueError(
+                f"{state} was begun with --{key.replace('_', '-')} {description[key]}, found {run[key]}: continue with the "
+                "settings it was begun with."
+            )
     if description["base"]:
         load(model, base_weights(description["base"], state), description["base"]["path"], new_table=True)
     return description["base"]

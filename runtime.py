@@ -9,12 +9,17 @@ import torch
 
 
 def run_command(main):
-    """Call `main()`; a ValueError, the user's mistake, becomes one line on stderr and exit code 2."""
+    """Call `main()`; a ValueError or an unusable path, the user's mistake, becomes one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        text = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        text = f"{error.filename} cannot be used ({error.strerror}): check it or choose another path."
+    print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def write_whole(path, write):

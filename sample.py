@@ -98,9 +98,13 @@ def load_checkpoint(args, device):
     """(model, description, autoencoder) of a DiT's or FineDiffusion's checkpoint, by the flags and the paper's defaults."""
     defaults = PAPER | ({} if args.ckpt else PLAIN)
     flags = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in defaults.items()}
-    counts = flags["num_classes"], flags["num_super_classes"]
-    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else hierarchy_of_counts(*counts)
-    check_counts(hierarchy, *counts)
+    if args.hierarchy:
+        hierarchy = Hierarchy.load(args.hierarchy)
+        check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    else:
+        hierarchy = hierarchy_of_counts(flags["num_classes"], flags["num_super_classes"])
+    path = checkpoint.find(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
+    tensors, _ = checkpoint.whole(path)
     autoencoder = load_autoencoder(flags["vae"], device)
     description = {
         "model": flags["model"],
@@ -108,12 +112,11 @@ def load_checkpoint(args, device):
         "latent_size": autoencoder.latent_size(flags["image_size"]),
         "channels": autoencoder.channels,
         "method": "finediffusion",
-        "embedder": "null" if counts[1] == 1 else "tiered",
+        "embedder": "null" if hierarchy.num_super_classes == 1 else "tiered",
         "hierarchy": hierarchy,
     }
-    path = checkpoint.find(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
     model = checkpoint.build(description)
-    checkpoint.load(model, checkpoint.whole(path)[0], path)
+    checkpoint.load(model, tensors, path)
     return model.eval(), description, autoencoder
 
 

@@ -93,7 +93,10 @@ def check_settings(args):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number above 0: change it.")
-    for name in ("lr", "table_lr", "clip_grad"):
+    for name in ("table_std", "num_workers"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more: change it.")
+    for name in ("lr", "table_lr", "table_std", "clip_grad"):
         if getattr(args, name) is not None and math.isinf(getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} is inf, expected a finite number: change it.")
     if not 0 <= args.ema_decay < 1:
@@ -123,17 +126,19 @@ def dry_run(args):
     """One JSON object: every setting and what would be trained. Opens no data and allocates no weights."""
     hierarchy = Hierarchy.load(args.hierarchy or "inat2021")
     check_counts(hierarchy, args.num_classes, args.num_super_classes)
-    latents = args.vae != "none"
+    downscale, channels = (1, 3) if args.vae == "none" else (8, 4)  # Stable Diffusion's
+    if args.image_size % downscale:
+        raise ValueError(f"--image-size is {args.image_size}, expected a multiple of {downscale}: change it.")
     description = {
         "model": args.model,
-        "latent_size": args.image_size // (8 if latents else 1),
-        "channels": 4 if latents else 3,
+        "latent_size": args.image_size // downscale,
+        "channels": channels,
         "hierarchy": hierarchy,
         "method": args.method,
         "embedder": args.embedder or METHODS[args.method].embedder,
     }
     with torch.device("meta"):
-        model = checkpoint.build(description, args.class_dropout_prob)
+        model = checkpoint.build(description, args.class_dropout_prob, counts_only=True)
     trained = select(model, METHODS[args.method])
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained.values())
@@ -249,7 +254,7 @@ def train(args):
     folder, state = run_folder(args, accelerator)
     parameters = select(model, METHODS[args.method])
     if state:
-        description["base"] = checkpoint.load_base_of(state, model)
+        description["base"] = checkpoint.load_base_of(state, model, description)
     else:
         table = args.table_init, args.table_std, args.global_seed
         description["base"] = checkpoint.start(model, parameters, starting_file(args), *table)
@@ -272,7 +277,7 @@ def train(args):
     log = Log(folder, description["step"], steps, device, main)
     log.begin(args, f"{args.model}, {args.method}, {sum(p.numel() for p in parameters.values()):,} trained parameters, "
                     f"{len(data):,} images, {hierarchy!r}, {world} process{'es' * (world > 1)}")  # fmt: skip
-    for step, (x, y) in enumerate(loader, start=description["step"]):
+    for step, (x, y) in enumerate(log.over(loader), start=description["step"]):
         r = drawn(args.global_seed, step, args.global_batch_size, shape, args.flip, args.class_dropout_prob, device)
         r = {name: values[mine] for name, values in r.items()}
         y = y.to(device, non_blocking=True)
@@ -306,13 +311,14 @@ class Log:
 
     def __init__(self, folder, start, steps, device, main):
         self.folder, self.main = folder, main
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not main)
         self.sums = {name: torch.zeros((), device=device) for name in ("loss", "mse", "vb")}
         self.last, self.since = start, time.time()
 
     def begin(self, args, text):
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
             self.say(f"{self.folder}: {text}")
 
@@ -321,6 +327,11 @@ class Log:
         tqdm.write(text)
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def over(self, loader):
+        """The loader's batches; the bar ends with them, also where one cannot be read, before that is said."""
+        with self.bar:
+            yield from loader
 
     def add(self, losses):
         for name, total in self.sums.items():
@@ -343,7 +354,6 @@ class Log:
         self.last, self.since = step, time.time()
 
     def end(self, path):
-        self.bar.close()
         if self.main:
             print(path)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ from finetune import METHODS, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # for other processes
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 CLASSES = {"cats": ("lynx", "manx"), "dogs": ("beagle", "pug", "pug_dog")}  # 4 images each
 
 

@@ -8,8 +8,19 @@ import torch
 from tiny import PARENTS, TinyDiT, golden, refusal, same
 
 import checkpoint
-from checkpoint import TABLE, build, is_adapter, load_adapted, load_base_of, load_state, read, save_adapter, save_state
-from checkpoint import start, whole
+from checkpoint import (
+    TABLE,
+    build,
+    is_adapter,
+    load_adapted,
+    load_base_of,
+    load_state,
+    read,
+    save_adapter,
+    save_state,
+    start,
+    whole,
+)
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, kind_of, select
 from hierarchy import Hierarchy
@@ -17,6 +28,7 @@ from models import DiT_models
 from runtime import sha256
 
 PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PARENTS, "pets")
+VETS = Hierarchy(PETS.classes, PETS.superclasses, [0, 0, 0, 1, 1], "vets")
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +118,11 @@ def test_base_and_adapter_are_the_average_model(method, plain, tmp_path):
     model, description = load_adapted(path)
     assert not model.training and same(model.state_dict(), run.averaged())
     assert not same(run.averaged(), run.model.state_dict())
-    assert description["step"] == 2 and description["hierarchy"] == PETS and description["hierarchy"].classes == PETS.classes
+    assert (
+        description["step"] == 2
+        and description["hierarchy"] == PETS
+        and description["hierarchy"].classes == PETS.classes
+    )
     assert description["base"] == {"path": str(plain), "sha256": sha256(plain)}
     assert read(path)[0].keys() == run.chosen.keys() and description["trained"] == sorted(run.chosen)
     assert is_adapter(path) and not is_adapter(plain) and not is_adapter(tmp_path) and not is_adapter(None)
@@ -146,7 +162,7 @@ def test_the_base_is_the_same_file_wherever_it_is(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
     path, moved = run.save(tmp_path / "adapter.safetensors"), tmp_path / "moved.pt"
     plain.rename(moved)
-    with refusal("adapter.safetensors needs its base dit.pt, but there is no .*dit.pt", "pass it as --base"):
+    with refusal("adapter.safetensors needs its base dit.pt, but there is no .*dit.pt", "--base"):
         load_adapted(path)
     with refusal("but there is no .*absent.pt"):
         load_adapted(path, tmp_path / "absent.pt")
@@ -154,7 +170,7 @@ def test_the_base_is_the_same_file_wherever_it_is(plain, tmp_path):
     tensors = torch.load(moved, weights_only=True)
     tensors["final_layer.linear.bias"][0] += 1e-6
     torch.save(tensors, moved)
-    with refusal("moved.pt is not the base of", r"adapter.safetensors \(SHA-256", "pass the file it was trained from"):
+    with refusal("moved.pt is not the base of", r"adapter.safetensors \(SHA-256", "file it was trained from"):
         load_adapted(path, moved)
 
 
@@ -222,6 +238,29 @@ def test_states_of_another_run(other, plain, tmp_path):
     with refusal("state.safetensors is no training state of this model and method: continue with the settings"):
         load_state(path, run.chosen, run.ema.average, run.optimizer)
     assert same(run.everything(), before)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("model", "wide"), ("image_size", 32), ("method", "bitfit"), ("embedder", "null"), ("hierarchy", VETS)],
+)
+def test_settings_that_a_state_was_not_begun_with(key, value, plain, tmp_path):
+    run = Run("finediffusion", plain).steps(1)
+    path = run.save_state(tmp_path / "state.safetensors")
+    assert load_base_of(path, run.model, run.description | {"step": 0}) == run.description["base"]
+    before, flag = run.everything(), f"--{key.replace('_', '-')}"
+    with refusal(f"state.safetensors was begun with {flag}", "continue with the settings it was begun"):
+        load_base_of(path, run.model, run.description | {key: value})
+    assert same(run.everything(), before)
+
+
+def test_a_model_to_train_or_to_sample_from_needs_the_map_of_parents(tmp_path):
+    run = Run("finediffusion")
+    unknown = run.description | {"hierarchy": Hierarchy(PETS.classes, PETS.superclasses, None, "pets")}
+    with refusal("pets: only names and counts are known here"):
+        build(unknown)
+    sizes = {name: p.shape for name, p in run.model.named_parameters()}
+    assert {name: p.shape for name, p in build(unknown, counts_only=True).named_parameters()} == sizes
 
 
 def test_a_state_whose_base_is_another_file_now(plain, tmp_path):

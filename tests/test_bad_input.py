@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_dit, tree, write_images
+from conftest import random_dit, tree
 from PIL import Image
 
 import checkpoint
@@ -164,7 +164,6 @@ train --data-path @file.jpg                | is a file
 train --data-path @hollow                  | cats/manx has no images
 train --data-path @flat                    | images but no folders
 train --data-path @one-level               | hierarchy.json
-train --data-path @damaged --global-batch-size 20 | damaged/cats/manx/0.png
 train --num-classes 6                      | --num-classes is 6, but pets has 5
 train --num-super-classes 3                | --num-super-classes is 3, but pets has 2
 train --hierarchy nowhere.json             | nowhere.json
@@ -200,7 +199,7 @@ train --resume @empty                      | has no training state
 train --resume @states/absent.safetensors  | no file
 train --resume @states/adapter.safetensors | is no training state
 train --lr nan                             | --lr is nan
-train --lr -1e-4                           | --lr is -0.0001
+train --lr -0.0001                          | --lr is -0.0001
 train --lr inf                             | --lr is inf
 train --table-lr 0                         | --table-lr is 0
 train --table-std nan                      | --table-std is nan
@@ -219,22 +218,21 @@ train --epochs -1                          | --epochs is -1
 train --ema-decay 1.5                      | --ema-decay is 1.5
 train --ema-decay nan                      | --ema-decay is nan
 train --class-dropout-prob 1.5             | label dropout is 1.5
-train --results-dir @file.jpg              | file.jpg
+train --results-dir @file.jpg              | file.jpg/000-DiT-Ti-2-finediffusion cannot be used
 train --latents @latents                   | found both or neither
 train --data-path -                        | found both or neither
 train --data-path - --latents @empty       | no latents.json
 train --data-path - --latents @scaled      | scale 0.5, the training asks for 1.0
 train --data-path - --latents @relabelled --hierarchy @pets.json | labelled by another hierarchy
 train --data-path - --latents @reformatted | format 'other'
-train --data-path - --latents @unlabelled  | labels.npy
+train --data-path - --latents @unlabelled  | labels.npy cannot be used
 train --data-path - --latents @latents --image-size 16 | image size 8, the training asks for 16
-train --dry-run  --image-size 60 --vae mse | 60
-train --dry-run  --image-size 100 --vae mse | 100
-train --dry-run  --num-classes 5           | --num-classes is 5, but inat2021 has 10000
-continue --method bitfit                   | no training state of this model and method
-continue --hierarchy @other.json           | hierarchy
-continue --model DiT-S/2                   | does not fit this model
-continue --image-size 16                   | does not fit this model
+train --image-size 100 --vae mse --dry-run | 100, expected a multiple of 8
+train --num-classes 5 --hierarchy inat2021 --dry-run | --num-classes is 5, but inat2021 has 10000
+continue --method bitfit                   | was begun with --method finediffusion, found bitfit
+continue --hierarchy @other.json           | was begun with --hierarchy
+continue --model DiT-S/2                   | was begun with --model DiT-Ti/2
+continue --image-size 16                   | was begun with --image-size 8
 sample --ckpt nowhere.safetensors          | no file nowhere.safetensors
 sample --ckpt @state                       | is a training state
 sample --ckpt @html.safetensors            | is damaged
@@ -273,7 +271,6 @@ encode --out @file.jpg                     | file.jpg
 read --train nowhere                       | nowhere
 read --real @flat                          | images but no folders
 read --generated a=nowhere                 | no image folder 'nowhere'
-read --generated @images                   | TITLE=FOLDER
 """
 
 
@@ -300,6 +297,7 @@ def test_one_sentence_and_nothing_written(program, changes, words, whole, comman
     (tmp_path / "inputs/states").mkdir(parents=True)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(read_glyphs, "STEPS", 2)
 
     def file(name):
         if name in whole:
@@ -325,6 +323,15 @@ def test_one_sentence_and_nothing_written(program, changes, words, whole, comman
     for word in words:
         assert word in result.err, result.err
     assert tree(tmp_path) == before
+
+
+def test_a_damaged_image_is_named(whole, command, tmp_path):
+    damaged_image(tmp_path / "damaged", whole.get)
+    flags = ["--data-path", tmp_path / "damaged", "--resume", whole["base"], "--results-dir", tmp_path / "out"]
+    result = command(train.main, *PIXELS, *flags, "--model", "DiT-Ti/2", "--global-batch-size", 20, "--num-workers", 1)
+    sentence = result.err.split("\n")[-2]  # below the progress bar
+    assert result.code == 2 and "Traceback" not in result.err
+    assert sentence.startswith("train.py: Cannot read image") and "damaged/cats/manx/0.png" in sentence
 
 
 def test_a_gpu_without_kernels(command, adapter, tmp_path, monkeypatch):
