@@ -7,12 +7,12 @@ PY := .venv/bin/python
 
 Q := quickstart
 RUN := $(Q)/run
-STEPS := 1000
-ADAPTER := $(RUN)/adapters/0001000.safetensors
+STEPS := 800
+ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae assets/vae
 
-.PHONY: test lint quickstart base clean
+.PHONY: test lint quickstart clean
 
 test: .venv/installed
 	$(PY) -m pytest -q

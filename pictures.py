@@ -28,30 +28,25 @@ def fitted(text, font, width):
 def labelled_grid(images, captions, columns, cell=None, row_titles=()):
     """A PIL picture of `images`, uint8 (N, 3, H, W), row by row, each over its caption ("" for none).
 
-    `cell`: side in pixels to which images are enlarged (default: as they are, at least 96). `row_titles`: text over
-    rows, "" for none.
+    `cell`: width in pixels to which images are brought (default: their own, at least 96). `row_titles`: text to the left
+    of the rows.
     """
     assert len(images) == len(captions) and images.dtype == torch.uint8
-    height, width = images.shape[2:]
-    cell = cell or max(width, 96)
-    font = ImageFont.load_default(size=max(10, cell // 10))
-    line = font.getbbox("Ég")[3] + 4 if any(captions) else 0
-    rows = -(-len(images) // columns)
-    titles = [*row_titles, *[""] * rows][:rows]
-    title_font = ImageFont.load_default(size=max(12, cell // 7))
-    title_line = title_font.getbbox("Ég")[3] + 6
-    heights = [cell * height // width + line + GAP + (title_line if title else 0) for title in titles]
-    sheet = Image.new("RGB", (columns * (cell + GAP) + GAP, sum(heights) + GAP), PAPER)
+    cell = cell or max(images.shape[3], 96)
+    tall = cell * images.shape[2] // images.shape[3]
+    small, large = (ImageFont.load_default(size=max(10, cell // part)) for part in (10, 5))
+    line = small.getbbox("Ég")[3] + 4
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    heights = [tall + GAP + (line if any(captions[i] for i in row) else 0) for row in rows]
+    margin = max([0, *(int(large.getlength(title)) + 3 * GAP for title in row_titles)])
+    sheet = Image.new("RGB", (margin + columns * (cell + GAP) + GAP, sum(heights) + GAP), PAPER)
     pen, top = ImageDraw.Draw(sheet), GAP
-    for row, title in enumerate(titles):
-        y = top
-        if title:
-            pen.text((GAP, y), title, INK, title_font)
-            y += title_line
-        for column, i in enumerate(range(row * columns, min((row + 1) * columns, len(images)))):
-            x = GAP + column * (cell + GAP)
+    for row, height, title in zip(rows, heights, [*row_titles, *[""] * len(rows)]):
+        pen.text((GAP, top + tall // 2), title, INK, large, anchor="lm")
+        for column, i in enumerate(row):
+            left = margin + GAP + column * (cell + GAP)
             image = Image.fromarray(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()))
-            sheet.paste(image.resize((cell, cell * height // width), Image.Resampling.LANCZOS), (x, y))
-            pen.text((x, y + cell * height // width), fitted(captions[i], font, cell), INK, font)
-        top += heights[row]
+            sheet.paste(image.resize((cell, tall), Image.Resampling.LANCZOS), (left, top))
+            pen.text((left, top + tall), fitted(captions[i], small, cell), INK, small)
+        top += height
     return sheet

@@ -33,7 +33,6 @@ from sampling import sample_latents
 from steps import backward, drawn, latents_of, learning_rate_factor
 
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
-PREVIEW_IMAGES = 16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -83,6 +82,7 @@ def parse_args():
     add("--compile", action="store_true", help="torch.compile every block")
     add("--log-every", type=int, default=100)
     add("--ckpt-every", type=int, default=50_000)
+    add("--preview-images", type=int, default=16, help="in the grid of samples at each checkpoint; 0 for none")
     add("--dry-run", action="store_true", help="print the settings and parameter counts as JSON, and stop")
     return parser.parse_args()
 
@@ -93,7 +93,7 @@ def check_settings(args):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number above 0: change it.")
-    for name in ("table_std", "num_workers"):
+    for name in ("table_std", "num_workers", "preview_images"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more: change it.")
     for name in ("lr", "table_lr", "table_std", "clip_grad"):
@@ -199,20 +199,22 @@ def newest_state(folder):
 # ---- the run ----------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder, model, ema, optimizer, description, autoencoder, dtype):
-    step = f"{description['step']:07d}"
-    checkpoint.save_adapter(folder / f"adapters/{step}.safetensors", ema.average, model, description, dtype)
-    checkpoint.save_state(folder / f"states/{step}.safetensors", ema.parameters, ema.average, optimizer, description)
-    classes = model.y_embedder.num_classes
-    labels = np.linspace(0, classes - 1, min(PREVIEW_IMAGES, classes)).round().astype(int)
+def write_checkpoint(args, folder, model, ema, optimizer, description, autoencoder):
+    """The adapter, the state to continue from, and a grid of samples from fixed noise."""
+    name, dtype = f"{description['step']:07d}", DTYPES[args.adapter_dtype]
+    checkpoint.save_adapter(folder / f"adapters/{name}.safetensors", ema.average, model, description, dtype)
+    checkpoint.save_state(folder / f"states/{name}.safetensors", ema.parameters, ema.average, optimizer, description)
+    count = min(args.preview_images, model.y_embedder.num_classes)
+    if not count:
+        return
+    labels = np.linspace(0, model.y_embedder.num_classes - 1, count).round().astype(int)
     ema.swap()
     model.eval()
-    latents = sample_latents(model, labels, range(len(labels)), **PREVIEW)
+    images = autoencoder.decode(sample_latents(model, labels, range(count), **PREVIEW)).clamp(-1, 1)
     model.train()
     ema.swap()
     (folder / "samples").mkdir(exist_ok=True)
-    images = autoencoder.decode(latents).clamp(-1, 1)
-    save_image(images, folder / f"samples/{step}.png", nrow=4, normalize=True, value_range=(-1, 1))
+    save_image(images, folder / f"samples/{name}.png", nrow=4, normalize=True, value_range=(-1, 1))
 
 
 def open_data(args, autoencoder):
@@ -297,7 +299,7 @@ def train(args):
             log.write(accelerator, step + 1, lr=optimizer.param_groups[0]["lr"])
         if (step + 1) % args.ckpt_every == 0 or last:
             if main:
-                write_checkpoint(folder, model, ema, optimizer, description, autoencoder, DTYPES[args.adapter_dtype])
+                write_checkpoint(args, folder, model, ema, optimizer, description, autoencoder)
             accelerator.wait_for_everyone()
     log.end(folder / f"adapters/{description['step']:07d}.safetensors")
     accelerator.end_training()

@@ -87,7 +87,7 @@ def test_the_folder(faces, six, command):
 
 
 def test_the_reader_reads_and_cannot_guess(six, monkeypatch):
-    monkeypatch.setattr(read_glyphs, "STEPS", 30)
+    monkeypatch.setattr(read_glyphs, "STEPS", 60)
     monkeypatch.setattr(read_glyphs, "BATCH", 32)
     for faces, per_class in (("train", 24), ("held-out", 12)):
         glyphs.write(six / faces, "new", faces == "held-out", per_class, seed=0)

@@ -96,7 +96,7 @@ def grid(real, generated, hierarchy):
             images.append(torch.cat([row, torch.full((blank, *row.shape[1:]), 255, dtype=torch.uint8)]))
             names = [hierarchy.classes[label].split("_")[0] for label in labels] if title == "real" else []
             captions += [f"U+{name}" for name in names] + [""] * (PER_BLOCK - len(names))
-            titles.append(f"{block.replace('_', ' ')}: {title}")
+            titles.append(f"{block.replace('_', ' ')}, real" if title == "real" else title)
     return labelled_grid(torch.cat(images), captions, PER_BLOCK, cell=64, row_titles=titles)
 
 
