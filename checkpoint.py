@@ -1,8 +1,8 @@
 """Files of weights: DiT's and FineDiffusion's checkpoints, our adapters and training states.
 
-An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a description:
-model, image size, method, hierarchy with class names, step, and the SHA-256 of the base file they belong to. Without a base it
-holds the whole model. A training state is a safetensors file too; nothing here is ever pickled.
+An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a
+description: model, image size, method, hierarchy with class names, step, and the SHA-256 of the base file they belong
+to. Without a base it holds the whole model. A training state is a safetensors file too; nothing here is ever pickled.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TABLE = "y_embedder.embedding_table.weight"
 GET = "download it again, or name another file"
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def check_file(path):
@@ -130,13 +130,15 @@ def download(url, path):
         raise ValueError(f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path.") from None
 
 
-# ---- building and loading ---------------------------------------------------------------------------------------------
+# ---- building and loading ------------------------------------------------------------------------
 
 
 def build(description, class_dropout_prob=0.1, counts_only=False):
-    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder", "method".
+    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder",
+    "method".
 
-    ValueError where a tiered one's hierarchy does not know its parents, unless `counts_only`: the model cannot train then.
+    ValueError where a tiered one's hierarchy does not know its parents, unless `counts_only`: the model cannot train
+    then.
     """
     hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
     mapped = tiered and (hierarchy.has_parents or not counts_only)
@@ -153,10 +155,11 @@ def build(description, class_dropout_prob=0.1, counts_only=False):
 
 
 def load(model, tensors, source, new_table=False):
-    """Put `tensors` into `model`; all norms may be absent (a plain DiT), or the last one (difffit-orig), and so may gammas.
+    """Put `tensors` into `model`; all norms may be absent (a plain DiT), or the last one (difffit-orig), and so may
+    gammas.
 
-    With `new_table` a class table of another shape is left out: the model keeps its own. Returns the names left as they were.
-    ValueError where anything else is missing, unexpected or of another shape, and `source` is named.
+    With `new_table` a class table of another shape is left out: the model keeps its own. Returns the names left as
+    they were. ValueError where anything else is missing, unexpected or of another shape, and `source` is named.
     """
     own = model.state_dict()
     tensors = dict(tensors)
@@ -200,7 +203,7 @@ def check_adapter(tensors, description, path):
 
 
 def base_weights(base, needed_by, path=None):
-    """Tensors of the base {"path", "sha256"} that the file `needed_by` names, found at `path` or where it was; checked by SHA-256."""
+    """Tensors of the base {"path", "sha256"} that `needed_by` names, found at `path` or where it was; SHA-256 checked."""
     path = find(path or base["path"])
     if not path.is_file():
         raise ValueError(
@@ -248,10 +251,12 @@ def load_adapted(path, base=None):
 
 @torch.no_grad()
 def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
-    """Fill the model of a new fine-tune from a DiT, a FineDiffusion checkpoint or an adapter at `path`, or from nothing (None).
+    """Fill the model of a new fine-tune from a DiT, a FineDiffusion checkpoint or an adapter at `path`, or from
+    nothing (None).
 
-    A class table of another shape is drawn anew, normal with `table_std`, around 0 or ("mean") around the mean of the file's rows.
-    `trained`: names of the parameters that will be trained. Returns the model's base: {"path", "sha256"}, or None.
+    A class table of another shape is drawn anew, normal with `table_std`, around 0 or ("mean") around the mean of the
+    file's rows. `trained`: names of the parameters that will be trained. Returns the model's base: {"path",
+    "sha256"}, or None.
     """
     table = model.y_embedder.embedding_table.weight
     fresh = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)) * table_std
@@ -287,7 +292,7 @@ def load_base_of(state, model, run=None):
     return description["base"]
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save_safetensors(path, tensors, metadata):

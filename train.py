@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py --data-path inat/train_mini --resume DiT-XL-2-256x256.pt
 
-Also as plain `python train.py` and under `accelerate launch`, on GPUs or a CPU. Everything random in a step (data order, flips,
-label drops, timesteps, noise) is drawn for the whole global batch from (seed, step); each process takes its rows. So a run that is
-continued, or one on another number of processes, sees the same numbers.
+Also as plain `python train.py` and under `accelerate launch`, on GPUs or a CPU. Everything random in a step (data
+order, flips, label drops, timesteps, noise) is drawn for the whole global batch from (seed, step); each process takes
+its rows. So a run that is continued, or one on another number of processes, sees the same numbers.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def dry_run(args):
     print(json.dumps(settings, indent=1))
 
 
-# ---- where a run starts, and where it is kept ---------------------------------------------------------------------------------------------------
+# ---- where a run starts, and where it is kept ----------------------------------------------------
 
 
 def starting_file(args):
@@ -196,7 +196,7 @@ def newest_state(folder):
     return states[-1] if states else None
 
 
-# ---- the run ----------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def write_checkpoint(args, folder, model, ema, optimizer, description, autoencoder):
