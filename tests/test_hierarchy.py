@@ -126,7 +126,7 @@ def test_vegfru_knows_names_and_asks_for_the_folder_when_parents_are_read():
     assert h.superclasses[0] == "alliaceous" and h.superclasses[15] == "berry_fruit"
     assert h.classes[h.find("carrot")] == "carrot"
     with pytest.raises(ValueError, match="folder of the VegFru release as --hierarchy"):
-        h.parents
+        _ = h.parents
     assert Hierarchy.from_dict(json.loads(json.dumps(h.to_dict()))) == h
     assert not pickle.loads(pickle.dumps(h)).has_parents
 
