@@ -12,6 +12,7 @@ from PIL import Image
 
 import checkpoint
 import train
+from steps import drawn
 from tools import encode_latents
 
 ROOT = Path(train.__file__).parent
@@ -159,6 +160,31 @@ def test_exactly_the_chosen_parameters_move(method, run, base):
     # base + adapter is the average of the training, bit for bit
     averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
     assert averages.keys() == moved and all(torch.equal(weights[name], averages[name]) for name in moved)
+
+
+def test_the_average_follows_every_step(run):
+    folder = run("average", "--max-steps", 3, "--ckpt-every", 1, "--lr", 0.1)
+    first, *later = (checkpoint.read(path)[0] for path in sorted(folder.glob("states/*")))
+    average = {name: tensor for name, tensor in first.items() if name.startswith("average/")}
+    assert len(later) == 2
+    for state in later:
+        for name in average:
+            average[name] = 0.5 * average[name] + 0.5 * state[name.replace("average/", "now/")]
+            assert torch.allclose(state[name], average[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_random_in_a_step_is_set_by_seed_and_step():
+    def draw(seed, step, flip=True, dropout=0.1):
+        return drawn(seed, step, 2000, (1, 2, 2), flip, dropout, "cpu")
+
+    assert same(draw(0, 3), draw(0, 3))
+    for other in (draw(1, 3), draw(0, 4), draw(3, 0)):
+        assert not any(torch.equal(draw(0, 3)[name], other[name]) for name in other)
+    r = draw(0, 3)
+    assert r["t"].min() == 0 and r["t"].max() == 999 and not torch.equal(r["noise"], r["posterior"])
+    assert r["flip"].float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert r["drop"].float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert not draw(0, 3, flip=False)["flip"].any() and draw(0, 3, dropout=1)["drop"].all()
 
 
 # ---- the same numbers another way ----------------------------------------------------------------
