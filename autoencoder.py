@@ -4,6 +4,8 @@ Images are (N, 3, H, W) in [-1, 1]; latents are (N, C, H/f, W/f), scaled to abou
 section 4.3.2).
 """
 
+import warnings
+
 import torch
 
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders that DiT was trained with
@@ -58,7 +60,9 @@ def load_autoencoder(name, device="cpu"):
 
     source = PUBLISHED.get(name, name)
     try:
-        vae = AutoencoderKL.from_pretrained(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the hub, when it cannot be reached: said below
+            vae = AutoencoderKL.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

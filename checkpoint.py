@@ -6,9 +6,9 @@ to. Without a base it holds the whole model. A training state is a safetensors f
 """
 
 import argparse
+import http.client
 import json
 import pickle
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -118,15 +118,15 @@ def find(name):
 def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as file:
-            size = int(reply.headers["Content-Length"])
+            size = int(reply.headers["Content-Length"] or 0)
             with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
                 while block := reply.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-        if path.stat().st_size != size:
-            raise OSError(f"it ended after {path.stat().st_size} of {size} bytes")
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", error)
+        if not 0 < size == path.stat().st_size:
+            raise OSError(f"it ended after {path.stat().st_size} of {size or 'an unknown number of'} bytes")
+    except (OSError, http.client.HTTPException) as error:  # OSError: urllib's errors too
+        reason = " ".join(str(error).split())
         raise ValueError(f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path.") from None
 
 
@@ -196,12 +196,6 @@ def first_of(names, most=3):
     return ", ".join(names[:most]) + rest
 
 
-def check_adapter(tensors, description, path):
-    if description.get("format") != ADAPTER:
-        raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
-    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
-
-
 def base_weights(base, needed_by, path=None):
     """Tensors of the base {"path", "sha256"} that `needed_by` names, found at `path` or where it was; SHA-256 checked."""
     path = find(path or base["path"])
@@ -250,13 +244,13 @@ def load_adapted(path, base=None):
 
 
 @torch.no_grad()
-def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
+def start(model, trained, path, hierarchy=None, table_init="normal", table_std=0.02, seed=0):
     """Fill the model of a new fine-tune from a DiT, a FineDiffusion checkpoint or an adapter at `path`, or from
     nothing (None).
 
-    A class table of another shape is drawn anew, normal with `table_std`, around 0 or ("mean") around the mean of the
-    file's rows. `trained`: names of the parameters that will be trained. Returns the model's base: {"path",
-    "sha256"}, or None.
+    A class table of another shape, or of an adapter of another `hierarchy`, is drawn anew, normal with `table_std`,
+    around 0 or ("mean") around the mean of the file's rows. `trained`: names of the parameters that will be trained.
+    Returns the model's base: {"path", "sha256"}, or None.
     """
     table = model.y_embedder.embedding_table.weight
     fresh = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)) * table_std
@@ -265,6 +259,8 @@ def start(model, trained, path, table_init="normal", table_std=0.02, seed=0):
         return None
     tensors, description = whole(path)
     rows = tensors.get(TABLE)
+    if hierarchy and "hierarchy" in description and Hierarchy.from_dict(description["hierarchy"]) != hierarchy:
+        tensors.pop(TABLE)
     if TABLE in load(model, tensors, path, new_table=True):
         table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
     if description.get("base") and set(description["trained"]) <= set(trained):
@@ -338,5 +334,5 @@ def load_state(path, parameters, averages, optimizer):
         p.copy_(tensors[f"now/{name}"])
         averages[name].copy_(tensors[f"average/{name}"])
         moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": step.clone(), **moments}
+        optimizer.state[p] = {"step": step.to(p.device, copy=True), **moments}
     return description

@@ -1,11 +1,10 @@
 """Sample images of chosen classes from a fine-tuned DiT.
 
     python sample.py --ckpt models/FineDiffusion-iNat.pt --image-size 256 --num-classes 10000 --num-super-classes 11
-    python sample.py --ckpt results/000-DiT-XL-2-finediffusion/adapters/0200000.safetensors --classes "Vulpes vulpes"
-    207
+    python sample.py --ckpt results/000-DiT-XL-2-finediffusion/adapters/0200000.safetensors --classes "Vulpes vulpes" 7
 
-Writes `<sample-dir>/<class>/<position>.png` and a labelled `grid.png`. A picture is set by seed, class and position
-alone: not by the batch size, the other classes or the device's number of processes.
+Writes `<sample-dir>/<class>/<position>.png` and a labelled `grid.png`. The noise of a picture, at every step, is set by
+seed, class and position alone: batch size and other classes change it no more than floating-point sums differ.
 """
 
 import argparse

@@ -48,10 +48,11 @@ def backward(accelerator, model, diffusion, latents, labels, r, parts=1):
 
     `r`: this process's rows of `drawn`. Gradients are exchanged in the last pass only.
     """
-    losses = {}
-    passes = torch.arange(len(labels)).chunk(parts)
-    for rows in passes:
-        with nullcontext() if rows is passes[-1] else accelerator.no_sync(model):
+    losses, n = {}, len(labels)
+    size = -(-n // parts)
+    for first in range(0, n, size):
+        rows = slice(first, first + size)
+        with nullcontext() if rows.stop >= n else accelerator.no_sync(model):
             with accelerator.autocast():
                 terms = diffusion.training_losses(
                     model,
@@ -60,7 +61,7 @@ def backward(accelerator, model, diffusion, latents, labels, r, parts=1):
                     {"y": labels[rows], "force_drop_ids": r["drop"][rows]},
                     r["noise"][rows],
                 )
-            means = {name: value.mean() * (len(rows) / len(labels)) for name, value in terms.items()}
+            means = {name: value.sum() / n for name, value in terms.items()}
             accelerator.backward(means["loss"])
         losses = {name: losses.get(name, 0) + value.detach() for name, value in means.items()}
     return losses

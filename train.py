@@ -259,7 +259,7 @@ def train(args):
         description["base"] = checkpoint.load_base_of(state, model, description)
     else:
         table = args.table_init, args.table_std, args.global_seed
-        description["base"] = checkpoint.start(model, parameters, starting_file(args), *table)
+        description["base"] = checkpoint.start(model, parameters, starting_file(args), hierarchy, *table)
     model.to(device)
     ema = EMA(parameters, args.ema_decay)
     optimizer = make_optimizer(args, parameters)

@@ -269,3 +269,13 @@ def test_a_state_whose_base_is_another_file_now(plain, tmp_path):
     plain.write_bytes(b"")
     with refusal("dit.pt is not the base of", "state.safetensors"):
         Run("finediffusion").go_on_from(path)
+
+
+def test_an_adapter_of_another_hierarchy_brings_no_table(plain, tmp_path):
+    run, path = Run("finediffusion", plain), tmp_path / "pets.safetensors"
+    save_adapter(path, run.ema.average, run.model, run.description)
+    table = read(path)[0][TABLE]
+    for hierarchy, kept in ((PETS, True), (VETS, False)):
+        model = build(run.description | {"hierarchy": hierarchy})
+        start(model, run.chosen, path, hierarchy, seed=1)
+        assert model.state_dict()[TABLE].equal(table) == kept

@@ -58,13 +58,13 @@ def test_a_plain_dit_leaves_norms_and_the_table_new(plain):
 @pytest.mark.parametrize("table_init", ["normal", "mean"])
 def test_start_draws_a_table_of_another_shape(plain, table_init):
     model = awake(tiered())
-    base = start(model, [], plain, table_init, table_std=0.5, seed=3)
+    base = start(model, [], plain, table_init=table_init, table_std=0.5, seed=3)
     assert base == {"path": str(plain), "sha256": sha256(plain)}
     drawn = torch.randn(7, 32, generator=torch.Generator().manual_seed(3)) * 0.5
     around = PLAIN[TABLE].mean(0) if table_init == "mean" else 0
     assert model.state_dict()[TABLE].equal(drawn + around)
     model = awake(build(TINY | {"embedder": "null"}))  # the same shape: the file's own
-    start(model, [], plain, table_init)
+    start(model, [], plain, table_init=table_init)
     assert model.state_dict()[TABLE].equal(PLAIN[TABLE])
 
 

@@ -109,9 +109,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    hierarchy = Hierarchy.load(args.train)
-    net = train(*load(args.train, hierarchy), hierarchy.num_classes, args.seed)
+    untitled = [entry for entry in args.generated if "=" not in entry]
+    if untitled:
+        raise ValueError(f"--generated has {untitled[0]}, expected TITLE=FOLDER: give it a title, such as w=2.")
     generated = dict(entry.rsplit("=", 1) for entry in args.generated)
+    hierarchy = Hierarchy.from_folder(args.train)
+    for folder in (args.real, *generated.values()):
+        list_images(folder, hierarchy)  # what is wrong with them is said before the training
+    net = train(*load(args.train, hierarchy), hierarchy.num_classes, args.seed)
     figures = {"real, other faces": shares(net, args.real, hierarchy)}
     figures |= {title: shares(net, folder, hierarchy) for title, folder in generated.items()}
     print(f"{'':24}{'images':>8}{'right class':>14}{'right superclass':>18}")

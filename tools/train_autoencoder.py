@@ -17,6 +17,8 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from runtime import run_command
+
 KL_WEIGHT = 1e-3
 CONFIG = dict(
     block_out_channels=(8, 16, 32, 64),  # 64 pixels -> 8 x 8 latents
@@ -32,6 +34,8 @@ CONFIG = dict(
 def load_images(folder):
     """All PNG under `folder`: uint8 (N, H, W), grey."""
     paths = sorted(Path(folder).rglob("*.png"))
+    if not paths:
+        raise ValueError(f"{folder} has no PNG files in it, expected a folder of images: check the path.")
     return torch.stack([torch.from_numpy(np.asarray(Image.open(p).convert("L"))) for p in paths])
 
 
@@ -85,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
