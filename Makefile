@@ -7,6 +7,7 @@ PY := .venv/bin/python
 
 Q := quickstart
 RUN := $(Q)/run
+METHOD := finediffusion
 STEPS := 800
 ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
@@ -33,7 +34,7 @@ quickstart: .venv/installed
 	$(PY) -m tools.glyphs --set new --faces held-out --per-class 6 --out $(Q)/held-out
 	$(PY) -m tools.encode_latents --data-path $(Q)/train $(TINY) --no-flip --num-workers 0 --out $(Q)/latents
 	$(PY) train.py --latents $(Q)/latents $(TINY) --no-flip --num-workers 0 --results-dir $(Q) --experiment run \
-	  --model DiT-Ti/2 --resume assets/base.safetensors --method finediffusion --global-batch-size 64 --max-steps $(STEPS) \
+	  --model DiT-Ti/2 --resume assets/base.safetensors --method $(METHOD) --global-batch-size 64 --max-steps $(STEPS) \
 	  --lr 1e-3 --table-lr 1e-2 --table-init mean --table-std 0.1 --lr-schedule cosine --ema-decay 0.99
 	for w in $(SCALES); do $(PY) sample.py --ckpt $(ADAPTER) --classes all --per-class 4 --cfg-scale $$w \
 	  --sampler ddim --num-sampling-steps 20 --batch-size 64 --sample-dir $(Q)/w$$w || exit; done
