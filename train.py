@@ -99,6 +99,8 @@ def check_settings(args):
     for name in ("lr", "table_lr", "table_std", "clip_grad"):
         if getattr(args, name) is not None and math.isinf(getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} is inf, expected a finite number: change it.")
+    if args.mixed_precision == "fp16" and not args.dry_run and not torch.accelerator.is_available():
+        raise ValueError("--mixed-precision is fp16, expected a GPU for it and found none: choose bf16 or no.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema-decay is {args.ema_decay}, expected 0 or more and below 1: change it.")
     if not args.dry_run and (args.data_path is None) == (args.latents is None):

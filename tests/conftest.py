@@ -22,6 +22,7 @@ from hierarchy import Hierarchy
 from models import DiT_models
 
 torch.set_num_threads(1)  # the models are tiny: more threads wait for each other
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used: the suite runs on the CPU, on GPU nodes too
 os.environ["HF_HUB_OFFLINE"] = "1"  # for other processes
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 CLASSES = {"cats": ("lynx", "manx"), "dogs": ("beagle", "pug", "pug_dog")}  # 4 images each

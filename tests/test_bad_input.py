@@ -217,6 +217,7 @@ train --max-steps 0                        | --max-steps is 0
 train --epochs -1                          | --epochs is -1
 train --ema-decay 1.5                      | --ema-decay is 1.5
 train --ema-decay nan                      | --ema-decay is nan
+train --mixed-precision fp16                | expected a GPU
 train --class-dropout-prob 1.5             | label dropout is 1.5
 train --results-dir @file.jpg              | file.jpg/000-DiT-Ti-2-finediffusion cannot be used
 train --latents @latents                   | found both or neither
