@@ -18,11 +18,11 @@ class Autoencoder:
     `channels`: C of the latents; `downscale`: f; `scale`: what the latents were multiplied by.
     """
 
-    def __init__(self, vae=None):
+    def __init__(self, vae=None, scale=1.0):
         self.vae = vae
         self.channels = 3 if vae is None else vae.config.latent_channels
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scale = 1.0 if vae is None else vae.config.scaling_factor
+        self.scale = scale
 
     def latent_size(self, image_size):
         """Side of the latent of an image of side `image_size`; ValueError where it does not divide."""
@@ -69,4 +69,5 @@ def load_autoencoder(name, device="cpu"):
             f"The autoencoder {source} could not be loaded ({reason}), expected {', '.join(PUBLISHED)} or a folder "
             "with config.json and weights in diffusers' form: pass such a folder as --vae."
         ) from None
-    return Autoencoder(vae.to(device).eval().requires_grad_(False))
+    scale = SD_SCALE if name in PUBLISHED else vae.config.scaling_factor
+    return Autoencoder(vae.to(device).eval().requires_grad_(False), scale)

@@ -134,11 +134,10 @@ def download(url, path):
 
 
 def build(description, class_dropout_prob=0.1, counts_only=False):
-    """The model of a description: "model", "latent_size", "channels", "hierarchy" (a `Hierarchy`), "embedder",
-    "method".
+    """The model of a description: its "model", "latent_size", "channels", "hierarchy", "embedder" and "method".
 
-    ValueError where a tiered one's hierarchy does not know its parents, unless `counts_only`: the model cannot train
-    then.
+    "hierarchy" is a `Hierarchy`. ValueError where a tiered one's hierarchy does not know its parents, unless
+    `counts_only`: the model cannot train then.
     """
     hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
     mapped = tiered and (hierarchy.has_parents or not counts_only)
@@ -155,11 +154,11 @@ def build(description, class_dropout_prob=0.1, counts_only=False):
 
 
 def load(model, tensors, source, new_table=False):
-    """Put `tensors` into `model`; all norms may be absent (a plain DiT), or the last one (difffit-orig), and so may
-    gammas.
+    """Put `tensors` into `model`; norms and gammas may be absent.
 
-    With `new_table` a class table of another shape is left out: the model keeps its own. Returns the names left as
-    they were. ValueError where anything else is missing, unexpected or of another shape, and `source` is named.
+    A plain DiT lacks all norms, an adapter of difffit-orig on it the last one. With `new_table` a class table of
+    another shape is left out: the model keeps its own. Returns the names left as they were. ValueError where anything
+    else is missing, unexpected or of another shape, and `source` is named.
     """
     own = model.state_dict()
     tensors = dict(tensors)
@@ -213,40 +212,37 @@ def base_weights(base, needed_by, path=None):
     return whole(path)[0]
 
 
-def whole(path):
-    """({name: tensor}, description) of all weights that the file stands for: an adapter's are put on its base's."""
+def whole(path, base=None):
+    """({name: tensor}, description) of all weights that the file stands for: an adapter's are put on its base's.
+
+    `base`: where the base is, if not where it was. ValueError where the file is a training state or no whole adapter.
+    """
     tensors, description = read(path)
     if description.get("format") == STATE:
         raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
     if description.get("base"):
-        tensors = base_weights(description["base"], path) | tensors
+        if set(tensors) != set(description["trained"]):
+            raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
+        tensors = base_weights(description["base"], path, base) | tensors
+    elif base:
+        raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
     return tensors, description
 
 
 def load_adapted(path, base=None):
     """(model, description) of an adapter and its base: the EMA model of the run, bit for bit."""
-    tensors, description = read(path)
-    if description.get("format") != ADAPTER:
+    if not is_adapter(path):
         raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
+    tensors, description = whole(path, base)
     description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
     model = build(description)
-    if base and not description["base"]:
-        raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
-    if description["base"]:
-        if set(tensors) != set(description["trained"]):
-            raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
-        rest = base_weights(description["base"], path, base)
-        if TABLE in tensors:
-            rest.pop(TABLE, None)
-        tensors = rest | tensors
     load(model, tensors, path)
     return model.eval(), description
 
 
 @torch.no_grad()
 def start(model, trained, path, hierarchy=None, table_init="normal", table_std=0.02, seed=0):
-    """Fill the model of a new fine-tune from a DiT, a FineDiffusion checkpoint or an adapter at `path`, or from
-    nothing (None).
+    """Fill the model of a new fine-tune from the weights or the adapter at `path`, or from nothing (None).
 
     A class table of another shape, or of an adapter of another `hierarchy`, is drawn anew, normal with `table_std`,
     around 0 or ("mean") around the mean of the file's rows. `trained`: names of the parameters that will be trained.

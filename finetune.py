@@ -55,8 +55,7 @@ def kind_of(name):
 
 
 def add_gammas(model, form):
-    """Give blocks DiffFit's factors, 1 at the start, as parameters `gamma_*` that scale what a part of the block puts
-    out.
+    """Give blocks DiffFit's factors, 1 at the start: parameters `gamma_*` that scale a part's output.
 
     "scalar": one on each residual branch of every block. "vector": on qkv (3D,), proj (D,) and each branch (D,), in
     the first VECTOR_GAMMA_BLOCKS blocks.

@@ -261,7 +261,9 @@ def train(args):
         description["base"] = checkpoint.load_base_of(state, model, description)
     else:
         table = args.table_init, args.table_std, args.global_seed
-        description["base"] = checkpoint.start(model, parameters, starting_file(args), hierarchy, *table)
+        with accelerator.local_main_process_first():  # one process a node downloads
+            path = starting_file(args)
+        description["base"] = checkpoint.start(model, parameters, path, hierarchy, *table)
     model.to(device)
     ema = EMA(parameters, args.ema_decay)
     optimizer = make_optimizer(args, parameters)

@@ -1,26 +1,17 @@
 """The diffusion package against the official code's numbers, closed forms and its own promises."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from tiny import TinyDiT, golden
 
 from diffusion import SpacedDiffusion, create_diffusion, space_timesteps
 from diffusion.likelihood import decoder_log_likelihood
 from diffusion.schedule import named_betas
-from models import DiT
 
 SHAPE = (4, 4, 8, 8)
-
-
-def golden(name):
-    with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        return tensors, json.loads(file.metadata()["json"])
 
 
 GOLDEN, META = golden("diffusion")
@@ -36,17 +27,7 @@ def seed():
 @pytest.fixture(scope="module")
 def dit():
     """The golden plain DiT; its LayerNorms have no affine, ours stay at weight 1 and bias 0."""
-    model = DiT(
-        input_size=8,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=32,
-        depth=2,
-        num_heads=4,
-        num_classes=5,
-        num_super_classes=1,
-        learn_sigma=True,
-    ).eval()
+    model = TinyDiT(input_size=8, num_classes=5).eval()
     state = {k.removeprefix("state/"): v for k, v in PLAIN.items() if k.startswith("state/")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and missing and all("norm" in key for key in missing)
