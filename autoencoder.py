@@ -49,10 +49,11 @@ class Autoencoder:
         return self.vae.decode(latents.to(self.vae.dtype) / self.scale).sample.float()
 
 
-def load_autoencoder(name, device="cpu"):
+def load_autoencoder(name, device="cpu", dtype=torch.float32):
     """`name`: "ema" or "mse" (downloaded by diffusers when absent), a folder in diffusers' form, or "none".
 
-    ValueError where it can neither be read nor be downloaded.
+    It computes in `dtype` where its precision allows: the published two do, a folder's where its config.json has
+    `force_upcast` false; others stay float32. ValueError where it can neither be read nor be downloaded.
     """
     if name == "none":
         return Autoencoder()
@@ -62,7 +63,9 @@ def load_autoencoder(name, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the hub, when it cannot be reached: said below
-            vae = AutoencoderKL.from_pretrained(source)
+            config = AutoencoderKL.load_config(source)
+            allows = name in PUBLISHED or not config.get("force_upcast", True)
+            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype if allows else torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

@@ -1,11 +1,13 @@
 """Files of weights: DiT's and FineDiffusion's checkpoints, our adapters and training states.
 
 An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a
-description: model, image size, method, hierarchy with class names, step, and the SHA-256 of the base file they belong
-to. Without a base it holds the whole model. A training state is a safetensors file too; nothing here is ever pickled.
+description: model, image size, method, step, and the SHA-256 of the base file they belong to. The hierarchy with its
+class names is a tensor of bytes (packing.py). Without a base it holds the whole model. Training states (runs.py) are
+files of the same form. Each has a SHA-256 of its contents, since safetensors has none; nothing here is ever pickled.
 """
 
 import argparse
+import hashlib
 import http.client
 import json
 import pickle
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import packing
 from finetune import METHODS, add_gammas, kind_of
 from hierarchy import Hierarchy
 from models import DiT_models
@@ -27,6 +30,7 @@ DIT_FILES = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 DIT_FOLDER = Path("pretrained_models")
 ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
 TABLE = "y_embedder.embedding_table.weight"
+PACKED = "hierarchy"  # the tensor of bytes with the hierarchy
 GET = "download it again, or name another file"
 
 
@@ -38,21 +42,45 @@ def check_file(path):
         raise ValueError(f"There is no file {path}, expected weights: check the path.")
 
 
-def read_safetensors(path, names=None):
-    """({name: tensor}, description) of a safetensors file, all or only `names`; ValueError if it is damaged."""
+def read_safetensors(path, contents=True):
+    """({name: tensor}, description) of a safetensors file, or ({}, description) without its `contents`.
+
+    ValueError where it is damaged: a file with a description has a digest too, which is checked with the contents.
+    """
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys() if names is None else names
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
+            metadata, names = file.metadata() or {}, list(file.keys())
+            ours = PACKED in names or "json" in metadata or "sha256" in metadata  # whichever was damaged
+            if not ours:
+                return {name: file.get_tensor(name) for name in names if contents}, {}
+            text = metadata.get("json", "")
+            tensors = {name: file.get_tensor(name) for name in names if contents or name == PACKED}
+            if contents and metadata != labels(tensors, text):
+                raise ValueError("its contents are not those that were written")
+            description = json.loads(text)
+            if PACKED in tensors:
+                record = packing.unpack(tensors.pop(PACKED).numpy().tobytes())
+                description["hierarchy"] = Hierarchy.from_dict(record)
+            return tensors, description
+    except (SafetensorError, ValueError) as error:  # ValueError: of JSON and of the packed hierarchy too
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{path} is damaged ({reason}), expected a safetensors file: {GET}.") from None
+
+
+def labels(tensors, text):
+    """The metadata of a file with a description, JSON `text`: the SHA-256 is that of the text and of all tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return {"format": "pt", "json": text, "sha256": digest.hexdigest()}
 
 
 def description_of(path):
     """The description alone of a safetensors file."""
-    return read_safetensors(path, names=())[1]
+    return read_safetensors(path, contents=False)[1]
 
 
 def read_pickle(path):
@@ -115,6 +143,19 @@ def find(name):
     return path
 
 
+def starting_file(resume, model, image_size):
+    """Path of the weights that a new run of `model` starts from: --resume, else DiT's own; None for "none"."""
+    if resume == "none":
+        return None
+    default = f"DiT-XL-2-{image_size}x{image_size}.pt"
+    if resume is None and (model != "DiT-XL/2" or default not in DIT_FILES):
+        raise ValueError(
+            f"There is no published {model} of {image_size} pixels to start from: pass --resume FILE, or "
+            "--resume none to start from random weights."
+        )
+    return find(resume or default)
+
+
 def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as file:
@@ -134,9 +175,9 @@ def download(url, path):
 
 
 def build(description, class_dropout_prob=0.1, counts_only=False):
-    """The model of a description: its "model", "latent_size", "channels", "hierarchy", "embedder" and "method".
+    """The model of a description: its "model", "latent_size", "channels", "hierarchy", "embedder", "null_row" and "method".
 
-    "hierarchy" is a `Hierarchy`. ValueError where a tiered one's hierarchy does not know its parents, unless
+    "hierarchy" is a `Hierarchy`; "null_row" may be absent. ValueError where a tiered one's hierarchy does not know its parents, unless
     `counts_only`: the model cannot train then.
     """
     hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
@@ -148,6 +189,7 @@ def build(description, class_dropout_prob=0.1, counts_only=False):
         num_super_classes=hierarchy.num_super_classes if tiered else 1,
         parents=hierarchy.parents if mapped else None,
         class_dropout_prob=class_dropout_prob,
+        null_row=description.get("null_row", False),
     )
     add_gammas(model, METHODS[description["method"]].gammas)
     return model
@@ -200,14 +242,14 @@ def base_weights(base, needed_by, path=None):
     path = find(path or base["path"])
     if not path.is_file():
         raise ValueError(
-            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there or, to sample.py, "
-            "pass it as --base."
+            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there or, to "
+            "sample or export, pass it as --base."
         )
     found = sha256(path)
     if found != base["sha256"]:
         raise ValueError(
             f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): put it "
-            "back or, to sample.py, pass the file it was trained from as --base."
+            "back or, to sample or export, pass the file it was trained from as --base."
         )
     return whole(path)[0]
 
@@ -221,8 +263,7 @@ def whole(path, base=None):
     if description.get("format") == STATE:
         raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
     if description.get("base"):
-        if set(tensors) != set(description["trained"]):
-            raise ValueError(f"{path} does not hold the parameters that its description names: {GET}.")
+        description["trained"] = set(tensors)
         tensors = base_weights(description["base"], path, base) | tensors
     elif base:
         raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
@@ -234,7 +275,6 @@ def load_adapted(path, base=None):
     if not is_adapter(path):
         raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
     tensors, description = whole(path, base)
-    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
     model = build(description)
     load(model, tensors, path)
     return model.eval(), description
@@ -255,80 +295,41 @@ def start(model, trained, path, hierarchy=None, table_init="normal", table_std=0
         return None
     tensors, description = whole(path)
     rows = tensors.get(TABLE)
-    if hierarchy and "hierarchy" in description and Hierarchy.from_dict(description["hierarchy"]) != hierarchy:
+    if hierarchy and description.get("hierarchy", hierarchy) != hierarchy:
         tensors.pop(TABLE)
     if TABLE in load(model, tensors, path, new_table=True):
         table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
-    if description.get("base") and set(description["trained"]) <= set(trained):
+    if description.get("base") and description["trained"] <= set(trained):
         return description["base"]  # what the adapter changed is written again: its own base does
     return {"path": str(path), "sha256": sha256(path)}
-
-
-def load_base_of(state, model, run=None):
-    """Fill the model with the base of the training state at `state`, whose own parameters come later; returns the base.
-
-    ValueError where the description `run` is of another model, method or hierarchy than the state's.
-    """
-    description = description_of(state)
-    if description.get("format") != STATE:
-        raise ValueError(f"{state} is no training state, expected one that train.py wrote: name another file.")
-    description["hierarchy"] = Hierarchy.from_dict(description["hierarchy"])
-    for key in ("model", "image_size", "method", "embedder", "hierarchy") if run else ():
-        if run[key] != description[key]:
-            raise ValueError(
-                f"{state} was begun with --{key.replace('_', '-')} {description[key]}, found {run[key]}: continue with the "
-                "settings it was begun with."
-            )
-    if description["base"]:
-        load(model, base_weights(description["base"], state), description["base"]["path"], new_table=True)
-    return description["base"]
 
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def save_safetensors(path, tensors, metadata):
+def save_safetensors(path, tensors, description):
+    """Write tensors and a description, whose "hierarchy" is a `Hierarchy`; the file appears whole or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = json.dumps(metadata)
-    write_whole(path, lambda part: save_file(tensors, part, metadata={"format": "pt", "json": text}))
+    packed = packing.pack(description["hierarchy"].to_dict())
+    tensors[PACKED] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    metadata = labels(tensors, json.dumps({key: value for key, value in description.items() if key != "hierarchy"}))
+
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path, tensors, metadata):
+    """A safetensors file, whole or not at all; ValueError where the disk is full."""
+
+    def write(part):
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
+            raise ValueError(f"{path} could not be written ({error}): make room or choose another folder.") from None
+
+    write_whole(path, write)
 
 
 def save_adapter(path, averages, model, description, dtype=torch.float32):
     """`averages`: {name: EMA of a trained parameter}. Without a base the model's other tensors are written too."""
     tensors = dict(averages) if description["base"] else model.state_dict() | averages
-    metadata = description | {
-        "format": ADAPTER,
-        "hierarchy": description["hierarchy"].to_dict(),
-        "trained": sorted(averages),
-    }
-    save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, metadata)
-
-
-def save_state(path, parameters, averages, optimizer, description):
-    """All that the rest of a training depends on: parameters, averages and AdamW's moments, by parameter name."""
-    tensors = {f"now/{name}": p for name, p in parameters.items()}
-    tensors |= {f"average/{name}": a for name, a in averages.items()}
-    for name, p in parameters.items():
-        moments = optimizer.state.get(p, {})
-        tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if moments}
-    metadata = description | {"format": STATE, "hierarchy": description["hierarchy"].to_dict()}
-    save_safetensors(path, tensors, metadata)
-
-
-@torch.no_grad()
-def load_state(path, parameters, averages, optimizer):
-    """Put a training state back; returns its description. ValueError where it belongs to another run."""
-    tensors, description = read(path)
-    kinds = ("now", "average", "exp_avg", "exp_avg_sq")
-    expected = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in kinds}
-    if description.get("format") != STATE or {n: t.shape for n, t in tensors.items()} != expected:
-        raise ValueError(
-            f"{path} is no training state of this model and method: continue with the settings it was begun with."
-        )
-    step = torch.tensor(float(description["step"]))
-    for name, p in parameters.items():
-        p.copy_(tensors[f"now/{name}"])
-        averages[name].copy_(tensors[f"average/{name}"])
-        moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": step.to(p.device, copy=True), **moments}
-    return description
+    save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, description | {"format": ADAPTER})

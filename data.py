@@ -4,31 +4,22 @@ Every item is a function of its index alone (the flip is the trainer's), and the
 a function of the seed and the step alone: a resume or another number of GPUs sees the same data.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
-from folders import (
-    IMAGE_SUFFIXES,
-    VEGFRU_LISTS,
-    check_once,
-    class_folders,
-    few,
-    is_image,
-    is_vegfru,
-    read_vegfru_list,
-    unpacked,
-    visible,
-)
+from folders import few, list_files, sorted_as_text
 from hierarchy import Hierarchy
-
-LATENTS_FORMAT = "finediffusion-latents-1"
-
+from latents import NPY_HEADER, chunk_hash, chunk_rows, chunk_span, damaged, read_names, read_sealed, shape_of
+from runtime import sha256
 
 # ---- which images, which labels ------------------------------------------------------------------
 
@@ -46,70 +37,24 @@ def check_counts(hierarchy: Hierarchy, num_classes: int | None, num_super_classe
 
 
 def list_images(root: str | os.PathLike, hierarchy: Hierarchy) -> tuple[list[str], torch.Tensor]:
-    """Paths of the images under `root`, sorted within a class, and int64 labels (N,).
-
-    `root` is `superclass/class/*`, `class/*`, iNaturalist or VegFru as they unpack, or one of the
-    lists of VegFru (`vegfru_list/vegfru_val.txt`). VegFru's folder stands for its train list if
-    the lists are there, else for all images. Classes are matched by name, or by the number at the
-    head of an iNaturalist name if the hierarchy has only numbers; superclasses are the
-    hierarchy's, whatever folder the class lies in. Hidden files are passed over.
-    """
-    path, root = Path(root), unpacked(root)
-    train = root / VEGFRU_LISTS / "vegfru_train.txt"
-    if path.is_file() or is_vegfru(root) and train.is_file():
-        return list_vegfru(path if path.is_file() else train, root, hierarchy)
-    return list_class_folders(root, class_folders(root), hierarchy)
+    """Paths of the images of a data set, by class and within a class by name, and int64 labels (N,); see
+    `folders.list_files`."""
+    listing = list_files(root, hierarchy)
+    return [os.path.join(listing.root, name) for name in listing.names], torch.tensor(listing.labels)
 
 
-def list_class_folders(root: Path, folders: list[Path], hierarchy: Hierarchy):
-    check_once(folders)
-    label = labels_of([folder.name for folder in folders], hierarchy, root)
-    paths, labels = [], []
-    for folder in sorted(folders, key=lambda folder: label[folder.name]):
-        images = [entry.path for entry in visible(folder) if is_image(entry)]
-        if not images:
-            raise ValueError(
-                f"Class folder {folder} has no images in it ({', '.join(IMAGE_SUFFIXES)}): "
-                "add some or remove it from folder and hierarchy."
-            )
-        paths += images
-        labels += [label[folder.name]] * len(images)
-    return paths, torch.tensor(labels, dtype=torch.int64)
+def fingerprint(names: list[str], labels: list[int]) -> str:
+    """sha256 (hex) of the relative paths and labels of a data set: the same wherever it lies, and for its latents."""
+    return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
 
 
-def list_vegfru(path: Path, root: Path, hierarchy: Hierarchy):
-    images = sorted(image for image, _ in read_vegfru_list(path))
-    missing = [str(image) for image in images if not (root / image).is_file()]
-    if missing or not images:
-        raise ValueError(
-            f"{path} names {len(images)} images, of which {root} lacks {len(missing)} "
-            f"({few(missing)}): unpack the VegFru release again."
-        )
-    label = labels_of(list({image.parent.name: 0 for image in images}), hierarchy, path)
-    images.sort(key=lambda image: label[image.parent.name])
-    labels = [label[image.parent.name] for image in images]
-    return [str(root / image) for image in images], torch.tensor(labels, dtype=torch.int64)
-
-
-def labels_of(names: list[str], hierarchy: Hierarchy, root: Path) -> dict[str, int]:
-    """Folder name -> label; names and classes must be the same set."""
-    index = {name: i for i, name in enumerate(hierarchy.classes)}
-    key = {name: name for name in names}
-    if hierarchy.numbered:
-        key = {name: name.split("_")[0] for name in names}
-    unknown = [name for name in names if key[name] not in index]
-    if unknown:
-        raise ValueError(
-            f"{root} has {len(unknown)} class folders that {hierarchy.name} lacks "
-            f"({few(unknown)}): remove them or pass the --hierarchy that has them."
-        )
-    missing = sorted(index.keys() - set(key.values()), key=index.get)
-    if missing:
-        raise ValueError(
-            f"{root} lacks {len(missing)} of the {hierarchy.num_classes} classes of "
-            f"{hierarchy.name} ({few(missing)}): add their images or pass a smaller --hierarchy."
-        )
-    return {name: index[key[name]] for name in names}
+def warnings_of(hierarchy: Hierarchy) -> list[str]:
+    if not sorted_as_text(hierarchy.classes):
+        return []
+    return [
+        f"The class folders are numbered without padding and sorted as text, so that {few(hierarchy.classes)} have the "
+        "labels 0, 1, 2: pad the numbers with zeros if they are meant as labels."
+    ]
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -141,29 +86,79 @@ class UnreadableImage(ValueError):
         super().__init__(" ".join(text.split("UnreadableImage: ")[-1].split()))
 
 
+def read_crop(path: str | os.PathLike, size: int) -> Image.Image:
+    """The centre crop (size, size) of an image file, RGB; UnreadableImage if the file is not a whole image, or one of
+    more pixels than Pillow takes for harmless (2 * Image.MAX_IMAGE_PIXELS).
+
+    A JPEG whose short side is at least 4 * size is shrunk by 2, 4 or 8 as it is decoded, to a short side of at least
+    2 * size: there its cosine transform is cut off, in place of all halvings of `center_crop` but the last. That is
+    2 to 5 times as fast for 4000 x 3000 pixels at 256. Levels of 255 are then lower by 0.5 for each such halving, which
+    rounds up, and differ by 1 besides (root mean square; more where a side is odd, as halving shifts pixels there).
+    """
+    try:
+        with Image.open(path) as image:
+            draft = image.draft(None, (2 * size, 2 * size)) if min(image.size) >= 4 * size else None  # None: no JPEG
+            image = to_rgb(image)
+    except Exception as error:  # decoders raise all sorts of them at a damaged file
+        raise UnreadableImage(f"Cannot read image {path} ({error}): replace or remove it.") from None
+    if draft:
+        box = draft[1]  # of the image among the decoded pixels: its sides are fractions, the pixels fill whole blocks
+        image = image.resize((int(box[2]) // 2, int(box[3]) // 2), Image.Resampling.BOX, box)
+    return center_crop(image, size)
+
+
 class ImageData(Dataset):
-    """Item i: the centre crop of image i, float32 (3, image_size, image_size) in [-1, 1]; label."""
+    """Item i: the centre crop of image i, float32 (3, image_size, image_size) in [-1, 1]; its label; i.
+
+    Where image i cannot be read, the next one of its class that can stands for it (after the last comes the first),
+    and its index is what the item tells; UnreadableImage if the class has none.
+
+    root         folder that the names are relative to
+    names        path of each image
+    labels       int64 (N,)
+    ignored      paths of what was passed over: hidden files, files that are no images
+    warnings     sentences about what may not be as it was meant
+    """
 
     def __init__(self, root: str | os.PathLike, hierarchy: Hierarchy, image_size: int):
         if image_size < 1:
             raise ValueError(f"--image-size is {image_size}; expected at least 1.")
-        self.root = unpacked(root)
-        self.paths, self.labels = list_images(root, hierarchy)
+        self.root, self.names, labels, self.ignored = list_files(root, hierarchy)
+        self.labels = torch.tensor(labels)
+        self.fingerprint = fingerprint(self.names, labels)
+        self.warnings = warnings_of(hierarchy)
+        if self.ignored:
+            self.warnings.append(f"Passed over as no images: {len(self.ignored)} ({few(self.ignored)}).")
         self.image_size = image_size
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return image_tensor(self.pixels(i)), int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        try:
+            pixels, shown = self.pixels(i), i
+        except UnreadableImage as error:
+            pixels, shown = self.stand_in(i, error)
+        return image_tensor(pixels), int(self.labels[i]), shown
+
+    def name(self, i: int) -> str:
+        """Path of image i below the root."""
+        return self.names[i]
 
     def pixels(self, i: int) -> np.ndarray:
-        """uint8 (image_size, image_size, 3)"""
-        try:
-            with Image.open(self.paths[i]) as image:
-                return np.array(center_crop(to_rgb(image), self.image_size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"Cannot read image {self.paths[i]} ({error}): replace or remove it.") from None
+        """uint8 (image_size, image_size, 3) of image i and no other."""
+        return np.array(read_crop(os.path.join(self.root, self.names[i]), self.image_size))
+
+    def stand_in(self, i: int, error: UnreadableImage) -> tuple[np.ndarray, int]:
+        first, end = torch.searchsorted(self.labels, torch.stack([self.labels[i], self.labels[i] + 1])).tolist()
+        for j in (*range(i + 1, end), *range(first, i)):
+            with contextlib.suppress(UnreadableImage):
+                return self.pixels(j), j
+        folder = Path(self.root, self.names[i]).parent
+        raise UnreadableImage(
+            f"None of the {end - first} images of class folder {folder} can be read ({error}), expected at least one: "
+            "replace them or remove the class from folder and hierarchy."
+        )
 
 
 def image_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -175,22 +170,26 @@ def image_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 class LatentData(Dataset):
-    """What `tools.encode_latents` wrote: item i is float16 (F, 2C, h, w) and the label.
+    """What `tools.encode_latents` wrote: item i is float16 (F, 2C, h, w), the label, and the index of the image shown.
 
     F = 2: the image and its mirror image, F = 1: the image alone. The first C channels are the
     mean of the VAE's posterior, the last C its standard deviation, both times the VAE's scale.
+    The index is not i where image i could not be read when it was encoded, see `ImageData`.
+
+    `info` is latents.json. A changed byte in that file, in the labels or names is a ValueError here, one in the
+    moments is left to `verify`.
     """
 
     def __init__(self, root: str | os.PathLike, hierarchy: Hierarchy | None = None):
         self.root = Path(root)
         if not (self.root / "latents.json").is_file():
             raise ValueError(f"{root} holds no latents.json: write it to the end with python -m tools.encode_latents.")
-        self.info = json.loads((self.root / "latents.json").read_text())
-        if self.info.get("format") != LATENTS_FORMAT:
-            raise ValueError(
-                f"{root} has latents of format {self.info.get('format')!r}, expected "
-                f"{LATENTS_FORMAT!r}: encode them again."
-            )
+        self.info = read_sealed(self.root / "latents.json")
+        for name in ("labels.npy", "images.txt"):
+            if sha256(self.root / name) != self.info["hashes"][name]:
+                raise damaged(self.root / name)
+        if (self.root / "moments.npy").stat().st_size != chunk_span(self.info, len(self.chunk_hashes) - 1)[1]:
+            raise damaged(self.root / "moments.npy")
         self.hierarchy = Hierarchy.from_dict(self.info["hierarchy"])
         if hierarchy is not None and hierarchy != self.hierarchy:
             raise ValueError(
@@ -198,19 +197,36 @@ class LatentData(Dataset):
                 f"({self.hierarchy!r}) than the one given ({hierarchy!r}): encode them again."
             )
         self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
-        self._moments = None
-        shape = (len(self.labels), self.info["flips"], 2 * self.info["channels"], self.info["size"], self.info["size"])
-        if self.moments.shape != shape or self.moments.dtype != np.float16:
-            raise ValueError(
-                f"{root}: moments.npy is {self.moments.dtype} {self.moments.shape}, expected "
-                f"float16 {shape}: encode them again."
-            )
+        self.shown = torch.arange(len(self.labels))
+        for i, j in self.info["skipped"]:
+            self.shown[i] = j
+        self.fingerprint = self.info["image_list"]
+        self.warnings = warnings_of(self.hierarchy)
+
+    @cached_property
+    def names(self) -> list[str]:
+        return read_names(self.root)
 
     @property
+    def chunk_hashes(self) -> list[str]:
+        return self.info["hashes"]["moments.npy"]
+
+    @cached_property
     def moments(self) -> np.ndarray:
-        if self._moments is None:
-            self._moments = np.load(self.root / "moments.npy", mmap_mode="r")
-        return self._moments
+        shape = shape_of(self.info)
+        return np.memmap(self.root / "moments.npy", np.float16, "r", NPY_HEADER, shape).view(np.ndarray)
+
+    def name(self, i: int) -> str:
+        """Path of image i below the root of its data set."""
+        return self.names[i]
+
+    def verify(self, rank: int = 0, world: int = 1):
+        """Compare this rank's share of the moments with the hashes taken when they were written; ValueError naming the
+        file and its images where they differ. Reads N / world items, which warms the page cache too."""
+        for k in range(rank, len(self.chunk_hashes), world):
+            if chunk_hash(self.root, self.info, k) != self.chunk_hashes[k]:
+                rows = chunk_rows(self.info, k)
+                raise damaged(self.root / "moments.npy", f" in images {rows[0]} to {rows[-1]}")
 
     def check(self, autoencoder, image_size: int, flip: bool):
         """ValueError if they were encoded otherwise than the training would."""
@@ -228,13 +244,24 @@ class LatentData(Dataset):
                 )
 
     def __getstate__(self):  # a pickled memory map is the whole array: a worker opens its own
-        return {**self.__dict__, "_moments": None}
+        return {name: value for name, value in self.__dict__.items() if name != "moments"}
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(np.array(self.moments[i])), int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        x, label, shown = self.__getitems__([i])
+        return x[0], int(label), int(shown)
+
+    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A whole batch by one gather, for a DataLoader with `collate`; item by item takes 7 times as long."""
+        rows = torch.tensor(rows)
+        return torch.from_numpy(self.moments.take(rows.numpy(), axis=0)), self.labels[rows], self.shown[rows]
+
+
+def collate(batch):
+    """A DataLoader's batch of either data set: (x, labels, indices of the images shown)."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
 # ---- the order of a training ---------------------------------------------------------------------
@@ -277,17 +304,19 @@ class StepBatches(Sampler):
         self.rank, self.world = rank, world
         self.start_step, self.max_steps = start_step, max_steps
         self.steps_per_epoch = n // global_batch
+        self.share = global_batch // world
+        self.mine = slice(rank * self.share, (rank + 1) * self.share)
 
     def __iter__(self):
-        step, part = self.start_step, self.global_batch // self.world
-        epoch, order = None, None
+        step = self.start_step
         while self.max_steps is None or step < self.max_steps:
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self.n, self.seed, epoch)
-            first = step % self.steps_per_epoch * self.global_batch + self.rank * part
-            yield order[first : first + part].tolist()
+            yield self.rows(step)[self.mine].tolist()
             step += 1
+
+    def rows(self, step: int) -> torch.Tensor:
+        """The whole batch of a step, that of all ranks: int64 (global_batch,)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.n, self.seed, epoch)[k * self.global_batch : (k + 1) * self.global_batch]
 
     def __len__(self):
         if self.max_steps is None:
@@ -295,6 +324,7 @@ class StepBatches(Sampler):
         return max(0, self.max_steps - self.start_step)
 
 
+@lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
     """Permutation of n by (seed, epoch). torch's CPU generator reads only the low 32 bits of its
     seed, so the pair is hashed to 32 bits rather than shifted together."""

@@ -92,18 +92,43 @@ def select(model, method):
     return chosen
 
 
-class EMA:
-    """Moving average of `parameters` ({name: tensor}), float32: average <- decay * average + (1 - decay) * now."""
+def store_frozen(model, dtype):
+    """Keep the frozen weight matrices in `dtype`, the compute type: autocast would cast float32 ones in every forward.
 
-    def __init__(self, parameters, decay):
+    Everything that is trained stays float32, and so do norms and the position embedding.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and kind_of(name) == "matrix":
+            parameter.data = parameter.data.to(dtype)
+
+
+def adamw(parameters, lr, table_lr):
+    """AdamW over {name: parameter} with weight decay 0, the class table in a group of its own. "base_lr": before a schedule."""
+    table = [p for name, p in parameters.items() if kind_of(name) == "table"]
+    others = [p for name, p in parameters.items() if kind_of(name) != "table"]
+    groups = [{"params": others, "base_lr": lr}, {"params": table, "base_lr": table_lr}]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
+
+
+class EMA:
+    """Moving average of `parameters` ({name: tensor}), float32: average <- decay * average + (1 - decay) * now.
+
+    `warmup`: the decay of step k (from 0) is at most (1 + k) / (10 + k), so that a short run is not averaged with its start.
+    """
+
+    def __init__(self, parameters, decay, warmup=False):
         self.decay = decay
+        self.warmup = warmup
         self.parameters = parameters
         self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
+    def decay_at(self, step):
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
     @torch.no_grad()
-    def update(self):
+    def update(self, step):
         now = [p.float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay_at(step))
 
     @torch.no_grad()
     def swap(self):

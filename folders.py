@@ -1,4 +1,4 @@
-"""How data sets lie on the disk and name their classes; no image is opened here.
+"""How data sets lie on the disk, name their classes and list their images; no image is opened here.
 
 superclass/class/*.jpg                 two levels
 class/*.jpg                            one level
@@ -9,6 +9,7 @@ veg200_images/class/v_SS_NN_IIII.jpg   VegFru's release, with fru92_images/ and 
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
 INAT_RANKS = ("number", "kingdom", "phylum", "class", "order", "family", "genus", "epithet")
@@ -26,18 +27,34 @@ def few(names, limit: int = 3) -> str:
     return ", ".join(repr(name) for name in names[:limit]) + rest
 
 
+def entries(path) -> list[os.DirEntry]:
+    """Entries of a folder by name."""
+    with os.scandir(path) as found:
+        return sorted(found, key=lambda entry: entry.name)
+
+
+def hidden(entry: os.DirEntry) -> bool:
+    """.DS_Store, ._*, .ipynb_checkpoints"""
+    return entry.name.startswith(".")
+
+
 def visible(path) -> list[os.DirEntry]:
-    """Entries of a folder by name, without hidden ones (.DS_Store, ._*, .ipynb_checkpoints)."""
-    with os.scandir(path) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    return [entry for entry in entries(path) if not hidden(entry)]
+
+
+def is_kind(entry: os.DirEntry, kind: str) -> bool:
+    """Whether an entry, or what it links to, is a "file" or "dir"; a link to nothing or to itself is neither."""
+    if entry.is_symlink():
+        return getattr(os.path, f"is{kind}")(entry.path)  # DirEntry raises where links go in a circle
+    return getattr(entry, f"is_{kind}")()
 
 
 def subfolders(path) -> list[str]:
-    return [entry.name for entry in visible(path) if entry.is_dir()]
+    return [entry.name for entry in visible(path) if is_kind(entry, "dir")]
 
 
 def is_image(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not hidden(entry) and is_kind(entry, "file")
 
 
 def is_inat(names) -> bool:
@@ -112,6 +129,113 @@ def check_once(folders: list[Path]):
                 f"Class {folder.name!r} is in {other.parent} and in {folder.parent}: rename one, "
                 "or pass one of the two if they are splits."
             )
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+class Listing(NamedTuple):
+    """The images of a data set, by class and within a class by name.
+
+    root     folder of the classes or superclasses, or of the VegFru release
+    names    path of each image below `root`, with "/"; no line breaks
+    labels   label of each image
+    ignored  paths below `root` of what was passed over: hidden entries, what is no image in a class
+             folder, images outside of one, links to nothing
+    """
+
+    root: Path
+    names: list[str]
+    labels: list[int]
+    ignored: list[str]
+
+
+def list_files(path: str | os.PathLike, hierarchy) -> Listing:
+    """The images under `path`, with the labels of a `Hierarchy`.
+
+    `path` is `superclass/class/*`, `class/*`, iNaturalist or VegFru as they unpack, or one of the
+    lists of VegFru (`vegfru_list/vegfru_val.txt`). VegFru's folder stands for its train list if
+    the lists are there, else for all images. Classes are matched by name, or by the number at the
+    head of an iNaturalist name if the hierarchy has only numbers; superclasses are the
+    hierarchy's, whatever folder the class lies in.
+    """
+    path, root = Path(path), unpacked(path)
+    train = root / VEGFRU_LISTS / "vegfru_train.txt"
+    if path.is_file() or is_vegfru(root) and train.is_file():
+        listing = list_vegfru(path if path.is_file() else train, root, hierarchy)
+    else:
+        listing = list_class_folders(root, class_folders(root), hierarchy)
+    broken = [name for name in listing.names if "\n" in name]
+    if broken:
+        raise ValueError(
+            f"{root} has a line break in the path of {len(broken)} of its images ({few(broken)}), expected names of one "
+            "line: rename them."
+        )
+    return listing
+
+
+def list_class_folders(root: Path, folders: list[Path], hierarchy) -> Listing:
+    check_once(folders)
+    root = root if is_vegfru(root) else image_root(root)
+    label = labels_of([folder.name for folder in folders], hierarchy, root)
+    names, labels, ignored = [], [], []
+    for above in sorted({root, *(folder.parent for folder in folders)}):
+        ignored += [entry.path for entry in entries(above) if hidden(entry) or is_image(entry)]
+    for folder in sorted(folders, key=lambda folder: label[folder.name]):
+        found = {entry.name: is_image(entry) for entry in entries(folder)}
+        if not any(found.values()):
+            raise ValueError(
+                f"Class folder {folder} has no images in it ({', '.join(IMAGE_SUFFIXES)}): "
+                "add some or remove it from folder and hierarchy."
+            )
+        below = folder.relative_to(root).as_posix()
+        names += [f"{below}/{name}" for name, image in found.items() if image]
+        ignored += [folder / name for name, image in found.items() if not image]
+        labels += [label[folder.name]] * sum(found.values())
+    return Listing(root, names, labels, [Path(path).relative_to(root).as_posix() for path in ignored])
+
+
+def list_vegfru(path: Path, root: Path, hierarchy) -> Listing:
+    images = sorted(image for image, _ in read_vegfru_list(path))
+    missing = [str(image) for image in images if not (root / image).is_file()]
+    if missing or not images:
+        raise ValueError(
+            f"{path} names {len(images)} images, of which {root} lacks {len(missing)} "
+            f"({few(missing)}): unpack the VegFru release again."
+        )
+    label = labels_of(list({image.parent.name: 0 for image in images}), hierarchy, path)
+    images.sort(key=lambda image: label[image.parent.name])
+    return Listing(root, [image.as_posix() for image in images], [label[image.parent.name] for image in images], [])
+
+
+def labels_of(names: list[str], hierarchy, root: Path) -> dict[str, int]:
+    """Folder name -> label; names and classes must be the same set."""
+    index = {name: i for i, name in enumerate(hierarchy.classes)}
+    key = {name: name for name in names}
+    if hierarchy.numbered:
+        key = {name: name.split("_")[0] for name in names}
+    unknown = [name for name in names if key[name] not in index]
+    if unknown:
+        raise ValueError(
+            f"{root} has {len(unknown)} class folders that {hierarchy.name} lacks "
+            f"({few(unknown)}): remove them or pass the --hierarchy that has them."
+        )
+    missing = sorted(index.keys() - set(key.values()), key=index.get)
+    if missing:
+        raise ValueError(
+            f"{root} lacks {len(missing)} of the {hierarchy.num_classes} classes of "
+            f"{hierarchy.name} ({few(missing)}): add their images or pass a smaller --hierarchy."
+        )
+    return {name: index[key[name]] for name in names}
+
+
+def sorted_as_text(names) -> bool:
+    """True if the names begin with numbers of unequal length that are not in order, such as 1, 10, 2."""
+    heads = [re.match(r"\d+", name) for name in names]
+    if not all(heads):
+        return False
+    numbers = [head[0] for head in heads]
+    return len({len(number) for number in numbers}) > 1 and sorted(numbers, key=int) != numbers
 
 
 # ---- iNaturalist ---------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
-"""Plumbing that every script shares: a user's mistake as one sentence, files that appear whole, the device."""
+"""Plumbing that every script shares: a user's mistake as one sentence, files that appear whole, signals, the device."""
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+
+TRY_AGAIN = 75  # exit code of a run that was asked to leave and can go on: EX_TEMPFAIL of sysexits.h
 
 
 def run_command(main):
@@ -23,17 +26,34 @@ def run_command(main):
 
 
 def write_whole(path, write):
-    """Call `write(temporary path)`, then move the file to `path`: it appears whole or not at all."""
+    """Call `write(temporary path)`, then move the file to `path`: it appears whole or not at all, and stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)  # some writers make private files
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk comes without one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def sync(path):
+    """Have a file, or the names in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256(path):
@@ -58,3 +78,80 @@ def check_gpu(device):
             f"{torch.__version__} was built: install torch 2.10.0 with torchvision 0.25.0 (CUDA 12.6 or 12.8 builds "
             "serve sm_70 and later)."
         )
+
+
+def compute_type(wanted, device):
+    """`wanted` of --mixed-precision, or "fp16" where that is "bf16" and the GPU (before Ampere: V100) only emulates it."""
+    if wanted != "bf16" or torch.device(device).type != "cuda":
+        return wanted
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def on_main(accelerator, action, *arguments):
+    """Call `action(*arguments)` on the main process; where it fails, all processes fail with it rather than wait for it."""
+    failure, result = [None], None
+    if accelerator.is_main_process:
+        try:
+            result = action(*arguments)
+        except (ValueError, OSError) as error:
+            failure = [error]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+    return result
+
+
+class Signals:
+    """What asks a run to leave: SIGTERM, SIGUSR1 and SIGUSR2 (to be started again) and SIGINT (by the user).
+
+    The handlers only take note. Processes agree at a step's end: a signal may reach one of them alone, or each in
+    another step. A second SIGINT stops at once.
+    """
+
+    CODES = {
+        signal.SIGTERM: TRY_AGAIN,
+        signal.SIGUSR1: TRY_AGAIN,
+        signal.SIGUSR2: TRY_AGAIN,
+        signal.SIGINT: 128 + signal.SIGINT,
+    }
+
+    def __init__(self, processes):
+        self.asked = 0
+        self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+        self.agreement = None
+        self.before = {number: signal.signal(number, self.note) for number in self.CODES}
+
+    def note(self, number, frame):
+        self.asked = self.CODES[number]
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def agreed(self):
+        """Called by every process once a step: the exit code that one of them was asked to leave with, else 0.
+
+        With several processes the answer is that of the step before, so that no step waits for the network.
+        """
+        if self.group is None:
+            return self.asked
+        code = 0
+        if self.agreement:
+            work, value = self.agreement
+            work.wait()
+            code = int(value)
+        value = torch.tensor(self.asked)
+        self.agreement = torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, self.group, True), value
+        return code
+
+    def release(self):
+        """Put the handlers back that were there before."""
+        if self.agreement:
+            self.agreement[0].wait()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @classmethod
+    def leave_to_parent(cls, _=None):
+        """For the workers of a DataLoader: a signal to the whole job is the training process's to answer."""
+        for number in cls.CODES:
+            signal.signal(number, signal.SIG_IGN)

@@ -2,7 +2,8 @@
 
 Rows `0 .. num_classes-1` belong to the classes, rows `num_classes .. num_classes+num_super_classes-1` to the
 superclasses (arXiv 2402.18331, section 3.2). With a single superclass the last row is the null class of
-classifier-free guidance (arXiv 2207.12598), and the module is the label embedder of a plain DiT.
+classifier-free guidance (arXiv 2207.12598), and the module is the label embedder of a plain DiT. A tiered table may
+have a null row too, the root of the hierarchy: the last one, `num_classes+num_super_classes`.
 """
 
 import torch
@@ -14,9 +15,10 @@ class TieredEmbedder(nn.Module):
 
     `parents`: LongTensor (num_classes,), values in `0 .. num_super_classes-1`. It is not part of the state dict. It
     may be None: all zeros for a single superclass; else only rows can be looked up and nothing can be dropped.
+    `null_row`: one more row below the superclasses', to which labels drop where they are forced to.
     """
 
-    def __init__(self, num_classes, num_super_classes, hidden_size, dropout_prob=0.1, parents=None):
+    def __init__(self, num_classes, num_super_classes, hidden_size, dropout_prob=0.1, parents=None, null_row=False):
         super().__init__()
         if not 0 <= dropout_prob <= 1:
             raise ValueError(f"The label dropout is {dropout_prob}, expected a probability: choose one in 0..1.")
@@ -42,22 +44,39 @@ class TieredEmbedder(nn.Module):
         self.num_classes = num_classes
         self.num_super_classes = num_super_classes
         self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + num_super_classes, hidden_size)
+        self.null_row = null_row
+        self.embedding_table = nn.Embedding(num_classes + num_super_classes + null_row, hidden_size)
         self.register_buffer("parents", parents, persistent=False)
 
+    @property
+    def has_null(self):
+        """True where the last row is a null class: the row asked for, or the only superclass of a plain DiT."""
+        return self.null_row or self.num_super_classes == 1
+
+    def null_rows(self, labels):
+        """The null class's row for each of `labels` (N,)."""
+        assert self.has_null, "this embedder was made without a null row"
+        return torch.full_like(labels, self.embedding_table.num_embeddings - 1)
+
     def superclass_rows(self, labels):
-        """Rows of the superclasses of `labels` (N,); a label that already is a superclass row stays."""
+        """Rows of the superclasses of `labels` (N,); a label that already is a superclass or null row stays."""
         assert self.parents is not None, "this embedder was made without a map of superclasses"
         rows = self.parents[labels.clamp(max=self.num_classes - 1)] + self.num_classes
         return torch.where(labels < self.num_classes, rows, labels)
 
     def token_drop(self, labels, force_drop_ids=None):
-        """A copy of `labels` (N,), superclass rows where dropped: at random, or where `force_drop_ids` (N,) is 1."""
+        """A copy of `labels` (N,), superclass rows where dropped: at random, or where `force_drop_ids` (N,) is 1.
+
+        Where `force_drop_ids` is 2 the null row takes the label's place, if the embedder has one.
+        """
         if force_drop_ids is None:
             drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
         else:
             drop = force_drop_ids == 1
-        return torch.where(drop, self.superclass_rows(labels), labels)
+        dropped = torch.where(drop, self.superclass_rows(labels), labels)
+        if force_drop_ids is not None and self.has_null:
+            dropped = torch.where(force_drop_ids == 2, self.null_rows(labels), dropped)
+        return dropped
 
     def forward(self, labels, train, force_drop_ids=None):
         """labels: (N,) rows of the table -> (N, hidden_size). Drops when `train`, or where forced."""

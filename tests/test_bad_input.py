@@ -14,6 +14,7 @@ import checkpoint
 import sample
 import train
 from hierarchy import Hierarchy
+from latents import sealed
 from tools import encode_latents, read_glyphs
 
 # ---- inputs: "@name" in a command is the file or folder that MAKE[name] writes -------------------
@@ -69,7 +70,8 @@ def latents(**changes):
     def make(path, file):
         shutil.copytree(file("latents"), path)
         info = json.loads((path / "latents.json").read_text())
-        (path / "latents.json").write_text(json.dumps(info | changes))
+        del info["sha256"]
+        (path / "latents.json").write_text(sealed(info | changes))
 
     return make
 
@@ -215,6 +217,14 @@ train --ckpt-every 0                       | --ckpt-every is 0
 train --log-every 0                        | --log-every is 0
 train --max-steps 0                        | --max-steps is 0
 train --epochs -1                          | --epochs is -1
+train --null-prob -0.1                     | --null-prob is -0.1
+train --null-prob 0.6 --class-dropout-prob 0.5 | at most 1
+train --null-prob 0.1 --method bitfit      | has a null row already
+train --micro-batch 2 --grad-accum 2       | both --micro-batch and --grad-accum
+train --micro-batch 0                      | --micro-batch is 0
+train --keep-states 0                      | --keep-states is 0
+train --max-bad-images -1                  | --max-bad-images is -1
+train --report-to wandb                    | --report-to is wandb, expected that package
 train --ema-decay 1.5                      | --ema-decay is 1.5
 train --ema-decay nan                      | --ema-decay is nan
 train --mixed-precision fp16                | expected a GPU
@@ -329,10 +339,13 @@ def test_one_sentence_and_nothing_written(program, changes, words, whole, comman
 def test_a_damaged_image_is_named(whole, command, tmp_path):
     damaged_image(tmp_path / "damaged", whole.get)
     flags = ["--data-path", tmp_path / "damaged", "--resume", whole["base"], "--results-dir", tmp_path / "out"]
-    result = command(train.main, *PIXELS, *flags, "--model", "DiT-Ti/2", "--global-batch-size", 20, "--num-workers", 1)
+    flags += ["--model", "DiT-Ti/2", "--global-batch-size", 20, "--num-workers", 1, "--max-steps", 1]
+    result = command(train.main, *PIXELS, *flags, "--max-bad-images", 0)
     sentence = result.err.split("\n")[-2]  # below the progress bar
-    assert result.code == 2 and "Traceback" not in result.err
-    assert sentence.startswith("train.py: Cannot read image") and "damaged/cats/manx/0.png" in sentence
+    assert result.code == 2 and "Traceback" not in result.err and not list(tmp_path.glob("out/*/*/*"))
+    assert sentence.startswith("train.py: 1 images could not be read ('cats/manx/0.png'), expected at most 0")
+    result = command(train.main, *PIXELS, *flags)
+    assert result.code == 0 and "1 images so far could not be read" in result.out and "cats/manx/0.png" in result.out
 
 
 def test_a_gpu_without_kernels(command, adapter, tmp_path, monkeypatch):

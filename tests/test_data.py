@@ -1,5 +1,8 @@
-import json
+import io
 import pickle
+import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import latents
 from data import (
-    LATENTS_FORMAT,
     ImageData,
     LatentData,
     StepBatches,
+    UnreadableImage,
     center_crop,
     check_counts,
+    collate,
     list_images,
+    read_crop,
     to_rgb,
 )
 from hierarchy import Hierarchy
@@ -192,94 +198,309 @@ def test_every_mode_becomes_the_same_rgb(tmp_path):
 
 
 def images(root):
-    for i, name in enumerate(("manx/1.png", "pug/1.png", "beagle/1.png", "beagle/2.png")):
-        (root / name).parent.mkdir(exist_ok=True)
+    for i, name in enumerate(("manx/1.png", "pug/1.png", "beagle/1.png", "beagle/2.png", "beagle/3.png")):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (20 + i, 30), (255, 51 * i, 0)).save(root / name)
     return root
 
 
 def test_image_data_items_depend_on_the_index_alone(tmp_path):
     data = ImageData(images(tmp_path), PETS, 8)
-    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2]
-    image, label = data[1]
-    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 0
+    assert len(data) == 5 and data.labels.tolist() == [0, 0, 0, 1, 2]
+    image, label, shown = data[1]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 0 and shown == 1
     assert torch.equal(image[0], torch.ones(8, 8)) and torch.equal(image[2], -torch.ones(8, 8))
     torch.testing.assert_close(image[1], torch.full((8, 8), 3 * 51 / 127.5 - 1))
     assert all(torch.equal(data[1][0], image) for _ in range(3))
-
-
-def test_image_data_errors(tmp_path):
+    names = ["beagle/1.png", "beagle/2.png", "beagle/3.png", "manx/1.png", "pug/1.png"]
+    assert [data.name(i) for i in range(5)] == names
     with pytest.raises(ValueError, match="--image-size is 0"):
-        ImageData(images(tmp_path), PETS, 0)
-    (tmp_path / "manx/1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="Cannot read image .*manx/1.png"):
-        ImageData(tmp_path, PETS, 8)[2]
+        ImageData(tmp_path, PETS, 0)
 
 
-def test_unreadable_image_in_a_worker_is_one_sentence(tmp_path):
-    (images(tmp_path) / "manx/1.png").write_bytes(b"no image")
+def test_the_fingerprint_is_of_names_and_labels(tmp_path):
+    here, there = images(tmp_path / "here"), images(tmp_path / "there")
+    before = ImageData(here, PETS, 8).fingerprint
+    assert before == ImageData(there, PETS, 16).fingerprint
+    assert before != ImageData(here, Hierarchy(PETS.classes[::-1], PETS.superclasses, [1, 0, 1]), 8).fingerprint
+    (there / "pug/1.png").rename(there / "pug/2.png")
+    assert before != ImageData(there, PETS, 8).fingerprint
+
+
+def test_what_is_passed_over_is_told(tmp_path):
+    make(images(tmp_path), ".DS_Store", "pug/._1.jpg", "pug/.ipynb_checkpoints/1.jpg", "manx/notes.txt", "manx.jpg")
+    (tmp_path / "manx/gone.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "manx/circle.jpg").symlink_to("circle.jpg")
+    (tmp_path / "circle").symlink_to("circle")
     data = ImageData(tmp_path, PETS, 8)
-    with pytest.raises(ValueError, match="^Cannot read image .*manx/1.png .*remove it.$"):
-        list(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1))
+    ignored = [".DS_Store", "manx.jpg", "manx/circle.jpg", "manx/gone.jpg", "manx/notes.txt"]
+    assert data.ignored == [*ignored, "pug/._1.jpg", "pug/.ipynb_checkpoints"]
+    assert data.warnings == ["Passed over as no images: 7 ('.DS_Store', 'manx.jpg', 'manx/circle.jpg' and 4 more)."]
+    assert ImageData(images(tmp_path / "pets"), PETS, 8).warnings == []
 
 
-def test_truncated_image_is_named(tmp_path):
-    whole = (images(tmp_path) / "pug/1.png").read_bytes()
-    (tmp_path / "pug/1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="Cannot read image .*pug/1.png"):
-        ImageData(tmp_path, PETS, 8)[3]
+@pytest.mark.parametrize("link", ["loop", "manx/loop"])
+def test_a_link_to_a_folder_above_ends_in_a_sentence(link, tmp_path):
+    (images(tmp_path) / link).symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="has folders in it and"):
+        list_images(tmp_path, PETS)
+
+
+@pytest.mark.parametrize(
+    "names, count",
+    [("1 10 2", 1), ("1 2 10", 0), ("01 02 10", 0), ("1cat 10cow 9dog", 1), ("b1 b10 b2", 0), ("10 2 x", 0)],
+)
+def test_numbers_without_padding_are_warned_of(names, count, tmp_path):
+    names = names.split()
+    make(tmp_path, *(f"{name}/1.jpg" for name in names))
+    warnings = ImageData(tmp_path, Hierarchy(names, ("a",), [0] * len(names)), 8).warnings
+    assert len(warnings) == count and all("('1" not in w and "sorted as text" in w for w in warnings)
+
+
+def test_a_line_break_in_a_name_is_refused(tmp_path):
+    make(images(tmp_path), "pug/a\nb.jpg")
+    with pytest.raises(ValueError, match=r"line break in the path of 1 of its images \('pug/a\\nb.jpg'\)"):
+        ImageData(tmp_path, PETS, 8)
+
+
+# ---- images that cannot be read ------------------------------------------------------------------
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(width=20_000, height=20_000):
+    """A PNG of a few bytes that says it has 400 million pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def encoded(kind):
+    stream = io.BytesIO()
+    picture(64, 48).save(stream, kind)
+    return stream.getvalue()
+
+
+DAMAGED = {
+    "nothing": b"",
+    "html": b"<!DOCTYPE html><html>403</html>",
+    "bomb": bomb(),
+    **{f"half a {kind}": encoded(kind)[: len(encoded(kind)) // 2] for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF")},
+    "half a WEBP": encoded("WEBP")[: len(encoded("WEBP")) // 2],
+    "bits": bytes(b ^ 255 if i % 7 == 0 and i > 60 else b for i, b in enumerate(encoded("PNG"))),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_an_unreadable_image_is_one_sentence(content, tmp_path):
+    (tmp_path / "image.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"^Cannot read image .*image.jpg \(.*\): replace or remove it\.$"):
+        read_crop(tmp_path / "image.jpg", 8)
+
+
+def first_batch(data, workers):
+    loader = iter(torch.utils.data.DataLoader(data, len(data), num_workers=workers, collate_fn=collate))
+    try:
+        return next(loader)
+    finally:
+        if workers:
+            loader._shutdown_workers()  # left to the garbage collector after an error, it takes 5 seconds
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_of_its_class_stands_for_a_bad_image(workers, tmp_path):
+    whole = ImageData(images(tmp_path), PETS, 8)
+    expected = [whole[i] for i in range(5)]
+    for bad, shown in (({0}, [1, 1, 2, 3, 4]), ({1, 2}, [0, 0, 0, 3, 4]), ({0, 2}, [1, 1, 1, 3, 4])):
+        for i in bad:
+            (tmp_path / whole.name(i)).write_bytes(b"")
+        data = ImageData(tmp_path, PETS, 8)
+        x, y, indices = first_batch(data, workers)
+        assert indices.tolist() == shown and y.tolist() == [0, 0, 0, 1, 2]
+        assert torch.equal(x, torch.stack([expected[j][0] for j in shown]))
+        assert data.fingerprint == whole.fingerprint
+        images(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_without_a_readable_image_is_named(workers, tmp_path):
+    images(tmp_path)
+    for i in (1, 2, 3):
+        (tmp_path / f"beagle/{i}.png").write_bytes(b"no image")
+    data = ImageData(tmp_path, PETS, 8)
+    words = (
+        r"^None of the 3 images of class folder .*/beagle can be read \(Cannot read .*\), expected at least one: .*\.$"
+    )
+    with pytest.raises(UnreadableImage, match=words):
+        first_batch(data, workers)
+
+
+# ---- large images --------------------------------------------------------------------------------
+
+
+def photograph(width, height):
+    """Smooth areas, edges and a little noise, deterministic."""
+    noise = np.random.default_rng(0)
+    coarse = Image.fromarray(noise.integers(0, 256, (24, 32, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    return Image.fromarray((smooth + noise.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "width, height, size, bias",
+    [(500, 375, 256, 0), (500, 500, 126, 0), (504, 504, 126, 0.5), (500, 376, 64, 0.5), (2096, 1104, 64, 1.5)],
+)
+def test_a_large_jpeg_is_shrunk_in_decoding_and_others_are_as_ever(width, height, size, bias, tmp_path):
+    path = tmp_path / "image.jpg"
+    photograph(width, height).save(path, quality=92)
+    found = np.asarray(read_crop(path, size))
+    with Image.open(path) as image:
+        expected = np.asarray(center_crop(image.convert("RGB"), size))
+    assert found.shape == expected.shape
+    if not bias:
+        assert np.array_equal(found, expected)
+    else:
+        difference = expected.astype(float) - found
+        assert abs(difference.mean() - bias) < 0.15 and difference.std() < 5
+
+
+@pytest.mark.parametrize("mode, mean", [("L", 100), ("CMYK", 100)])
+def test_large_jpegs_of_other_modes(mode, mean, tmp_path):
+    Image.new("RGB", (403, 301), (100, 100, 100)).convert(mode).save(tmp_path / "image.jpg")
+    assert abs(np.asarray(read_crop(tmp_path / "image.jpg", 16)).astype(int) - mean).max() <= 2
+
+
+def test_a_large_png_is_not_shrunk_in_decoding(tmp_path):
+    picture = photograph(600, 500)
+    picture.save(tmp_path / "image.png")
+    assert np.array_equal(np.asarray(read_crop(tmp_path / "image.png", 64)), np.asarray(center_crop(picture, 64)))
 
 
 # ---- latents -------------------------------------------------------------------------------------
 
+NAMES = ["beagle/1.png", "beagle/2.png", "manx/ü\r\u2028.png", "pug/\udcff.png"]  # the last is no UTF-8
 
-def latents(root, **change):
-    moments = np.arange(4 * 2 * 8 * 3 * 3, dtype=np.float16).reshape(4, 2, 8, 3, 3)
-    info = {"format": LATENTS_FORMAT, "hierarchy": PETS.to_dict(), "flips": 2, "channels": 4, "size": 3, **change}
+
+def write_latents(root, seed=0, **change):
+    """Latents of 4 images in 2 chunks; the second image could not be read."""
+    moments = np.random.default_rng(seed).standard_normal((4, 2, 8, 3, 3)).astype(np.float16)
+    info = dict(images=4, flips=2, channels=4, size=3, chunk=3, hierarchy=PETS.to_dict(), image_list="abc") | change
+    root.mkdir(exist_ok=True)
+    latents.create_moments(root, info)
     np.save(root / "moments.npy", moments)
-    np.save(root / "labels.npy", np.array([0, 0, 1, 2]))
-    (root / "latents.json").write_text(json.dumps(info))
+    hashes = [latents.chunk_hash(root, info, k) for k in range(2)]
+    latents.write_rest(root, info, NAMES, torch.tensor([0, 0, 1, 2]), hashes, skipped=[(1, 0)])
     return moments
 
 
 def test_latent_data_reads_what_was_written(tmp_path):
-    moments = latents(tmp_path)
+    moments = write_latents(tmp_path)
     data = LatentData(tmp_path, PETS)
-    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2]
-    item, label = data[2]
-    assert item.dtype == torch.float16 and label == 1
+    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2] and data.fingerprint == "abc"
+    assert [data.name(i) for i in range(4)] == NAMES
+    item, label, shown = data[2]
+    assert item.dtype == torch.float16 and label == 1 and shown == 2
     assert torch.equal(item, torch.from_numpy(moments[2]))
     item.zero_()  # a copy, not the file
     assert torch.equal(data[2][0], torch.from_numpy(moments[2]))
+    assert data[1][2] == 0  # the image that stands for it
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_latent_data_gives_whole_batches(workers, tmp_path):
+    moments = write_latents(tmp_path)
+    rows = [[3, 0], [1, 2], [2, 2]]
+    data = LatentData(tmp_path)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=rows, collate_fn=collate, num_workers=workers)
+    for wanted, (x, y, shown) in zip(rows, loader, strict=True):
+        assert torch.equal(x, torch.from_numpy(moments[wanted])) and y.tolist() == data.labels[wanted].tolist()
+        assert shown.tolist() == [i - (i == 1) for i in wanted]
 
 
 def test_latent_data_does_not_pickle_its_array(tmp_path):
-    latents(tmp_path)
+    write_latents(tmp_path)
     data = LatentData(tmp_path)
+    assert data[3][0].abs().max() > 0
     np.save(tmp_path / "moments.npy", np.zeros((4, 2, 8, 3, 3), np.float16))
     assert pickle.loads(pickle.dumps(data))[3][0].abs().max() == 0
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"format": "other"}, "of format 'other', expected"),
-        ({"flips": 1}, r"moments.npy is float16 \(4, 2, 8, 3, 3\), expected float16 \(4, 1, 8, 3, 3\)"),
-    ],
-)
-def test_latent_data_that_does_not_fit(change, words, tmp_path):
-    latents(tmp_path, **change)
-    with pytest.raises(ValueError, match=words):
-        LatentData(tmp_path)
-
-
-def test_latent_data_of_another_hierarchy_or_unfinished(tmp_path):
-    latents(tmp_path)
+def test_latent_data_of_another_format_or_hierarchy_or_unfinished(tmp_path):
+    write_latents(tmp_path)
+    LatentData(tmp_path, PETS)
     with pytest.raises(ValueError, match="labelled by another hierarchy"):
         LatentData(tmp_path, Hierarchy(PETS.classes, PETS.superclasses, [0, 1, 1]))
+    write_latents(tmp_path, format="other")
+    with pytest.raises(ValueError, match="latents.json is of format 'other', expected 'finediffusion-latents-2'"):
+        LatentData(tmp_path)
     (tmp_path / "latents.json").unlink()
     with pytest.raises(ValueError, match="holds no latents.json"):
         LatentData(tmp_path)
+
+
+def test_ranks_share_the_verification(tmp_path):
+    write_latents(tmp_path)
+    content = bytearray((tmp_path / "moments.npy").read_bytes())
+    content[-1] ^= 1  # in chunk 1, the last image
+    (tmp_path / "moments.npy").write_bytes(content)
+    data = LatentData(tmp_path)
+    data.verify(0, 2)
+    for rank, world in ((1, 2), (0, 1)):
+        with pytest.raises(
+            ValueError, match=r"moments.npy is not as it was written in images 3 to 3 .*encode the images"
+        ):
+            data.verify(rank, world)
+
+
+def flip(content, random):
+    at = random.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]
+
+
+def cut(content, random):
+    return content[: random.randrange(len(content))]
+
+
+def grow(content, random):
+    return content + random.randbytes(random.randrange(1, 9))
+
+
+def swap(content, random):
+    """Two stretches of a file exchanged."""
+    length = random.randrange(1, len(content) // 3)
+    a, b = random.randrange(len(content) // 3), random.randrange(len(content) // 2, len(content) - length)
+    return (
+        content[:a]
+        + content[b : b + length]
+        + content[a + length : b]
+        + content[a : a + length]
+        + content[b + length :]
+    )
+
+
+@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "images.txt", "latents.json"])
+@pytest.mark.parametrize("mutate", [flip, cut, grow, swap])
+def test_a_changed_file_is_noticed(name, mutate, tmp_path):
+    write_latents(tmp_path)
+    whole, chance = (tmp_path / name).read_bytes(), random.Random(0)
+    LatentData(tmp_path).verify()
+    for _ in range(4):
+        content = mutate(whole, chance)
+        assert content != whole
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"/{name} is (not as it was written|of format)"):
+            LatentData(tmp_path).verify()
+
+
+@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "images.txt", "latents.json"])
+def test_a_file_of_other_latents_is_noticed(name, tmp_path):
+    write_latents(tmp_path / "a")
+    write_latents(tmp_path / "b", seed=1)
+    latents.write_rest(tmp_path / "b", {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    with pytest.raises(ValueError, match="is not as it was written"):
+        LatentData(tmp_path / "a").verify()
 
 
 # ---- the order of a training ---------------------------------------------------------------------
@@ -340,7 +561,7 @@ def test_batches_that_cannot_be(arguments, words):
 
 def test_loader_with_workers_gives_the_batches(tmp_path):
     data = ImageData(images(tmp_path), PETS, 8)
-    batches = StepBatches(4, 2, seed=0, max_steps=3)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1)
-    labels = [y.tolist() for _, y in loader]
-    assert labels == [[int(data.labels[i]) for i in rows] for rows in batches]
+    batches = StepBatches(5, 2, seed=0, max_steps=3)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1, collate_fn=collate)
+    found = [(y.tolist(), shown.tolist()) for _, y, shown in loader]
+    assert found == [([int(data.labels[i]) for i in rows], rows) for rows in batches]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from checkpoint import TABLE, build
 from diffusion import create_diffusion
-from finetune import EMA, METHODS, add_gammas, kind_of, select
+from finetune import EMA, METHODS, add_gammas, kind_of, select, store_frozen
 from hierarchy import Hierarchy
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
@@ -182,7 +182,7 @@ def test_the_average_follows_its_formula():
     ema, expected = EMA(chosen, 0.9), {name: p.detach().double() for name, p in chosen.items()}
     for step in range(5):
         awake(model, seed=step)
-        ema.update()
+        ema.update(step)
         expected = {name: 0.9 * average + 0.1 * chosen[name].detach() for name, average in expected.items()}
     assert ema.average.keys() == chosen.keys()
     for name, average in ema.average.items():
@@ -195,8 +195,27 @@ def test_averages_at_the_ends(decay, follows):
     model, chosen = method_model("bitfit")
     ema, first = EMA(chosen, decay), {name: p.detach().clone() for name, p in chosen.items()}
     awake(model, seed=1)
-    ema.update()
+    ema.update(0)
     assert all(ema.average[name].equal(p if follows else first[name]) for name, p in chosen.items())
+
+
+def test_warmup_begins_with_the_parameters_and_ends_with_the_decay():
+    _, chosen = method_model("bitfit")
+    warm, cold = EMA(chosen, 0.9999, warmup=True), EMA(chosen, 0.9999)
+    assert [warm.decay_at(k) for k in (0, 1, 90)] == [0.1, 2 / 11, 0.91] and warm.decay_at(10**6) == 0.9999
+    assert cold.decay_at(0) == 0.9999
+
+
+def test_frozen_matrices_alone_are_stored_in_the_compute_type():
+    model, chosen = method_model("finediffusion")
+    store_frozen(model, torch.bfloat16)
+    kinds = {name: (kind_of(name), p.dtype) for name, p in model.named_parameters()}
+    assert {kind for kind, dtype in kinds.values() if dtype == torch.bfloat16} == {"matrix"}
+    assert all(dtype == torch.float32 for kind, dtype in kinds.values() if kind != "matrix")
+    assert all(p.dtype == torch.float32 for p in chosen.values())
+    whole, _ = method_model("full")
+    store_frozen(whole, torch.bfloat16)
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}  # all that it would store is trained
 
 
 def test_swapping_twice_is_the_identity():

@@ -9,13 +9,15 @@ FLOORS = [
     # scripts; so is all in tools/
     {"train", "sample", "sample_ddp", "evaluate"},
     # joins
-    {"checkpoint", "sampling", "steps"},
+    {"runs", "training_options", "sampling_options"},
+    {"checkpoint", "sampling", "watching"},
+    {"steps"},
     # parts
-    {"models", "data", "autoencoder", "finetune", "pictures", "metrics"},
-    {"tiered_embedder", "hierarchy", "diffusion"},
+    {"models", "data", "autoencoder", "finetune", "pictures", "metrics", "memory", "guidance", "sample_store"},
+    {"tiered_embedder", "hierarchy", "latents", "diffusion"},
     {"diffusion.respace"},
     {"diffusion.gaussian_diffusion"},
-    {"diffusion.likelihood", "diffusion.schedule", "folders", "runtime"},
+    {"diffusion.likelihood", "diffusion.schedule", "folders", "packing", "runtime"},
 ]
 MOST_LINES = 400
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PARENTS
+from tiny import PARENTS, awake, tiny_dit
 
 from tiered_embedder import TieredEmbedder
 
@@ -10,9 +10,9 @@ EVERY = torch.arange(7)  # 5 classes, 2 superclasses
 THEIRS = torch.tensor([5, 6, 5, 6, 6, 5, 6])  # the rows of their superclasses
 
 
-def embedder(dropout_prob=0.1, parents=PARENTS, num_super_classes=2):
+def embedder(dropout_prob=0.1, parents=PARENTS, num_super_classes=2, null_row=False):
     torch.manual_seed(0)
-    return TieredEmbedder(5, num_super_classes, 8, dropout_prob, parents)
+    return TieredEmbedder(5, num_super_classes, 8, dropout_prob, parents, null_row)
 
 
 def rows_of(module, vectors):
@@ -93,6 +93,52 @@ def test_gradients_reach_the_rows_that_were_looked_up_alone():
     module = embedder(0.0)
     module(torch.tensor([0, 0, 3, 4]), True, torch.tensor([0, 0, 0, 1])).sum().backward()
     assert module.embedding_table.weight.grad[:, 0].tolist() == [2, 0, 0, 1, 0, 0, 1]
+
+
+# ---- the null row -----------------------------------------------------------------------------------------------------
+
+
+def test_a_null_row_comes_last():
+    module = embedder(null_row=True)
+    assert module.embedding_table.weight.shape == (8, 8) and list(module.state_dict()) == ["embedding_table.weight"]
+    assert module.has_null and module.null_rows(EVERY).tolist() == [7] * 7
+    assert module.superclass_rows(torch.arange(8)).tolist() == [*THEIRS.tolist(), 7]
+    assert rows_of(module, module(torch.tensor([7, 0]), train=False)).tolist() == [7, 0]
+
+
+def test_the_null_class_of_a_plain_dit_is_its_superclass():
+    module = embedder(parents=None, num_super_classes=1)
+    assert module.has_null and module.null_rows(EVERY[:5]).equal(module.superclass_rows(EVERY[:5]))
+
+
+def test_labels_drop_to_the_null_row_where_they_are_forced_to():
+    module, drop = embedder(1.0, null_row=True), torch.tensor([2, 0, 1, 2, 1, 0, 2])
+    for train in (True, False):
+        assert rows_of(module, module(EVERY, train, drop)).tolist() == [7, 1, 5, 7, 6, 5, 7]
+    assert rows_of(module, module(EVERY, True)).equal(THEIRS)  # chance drops to superclasses alone
+    plain = embedder(1.0, parents=None, num_super_classes=1)
+    assert rows_of(plain, plain(EVERY[:5], True, drop[:5])).tolist() == [5, 1, 5, 5, 5]
+
+
+def test_a_dit_with_a_null_row_has_one_row_more_and_is_the_same():
+    plain, rooted = (awake(tiny_dit(null_row=null_row)).eval() for null_row in (False, True))
+    state = plain.state_dict()
+    shapes = {name: tensor.shape for name, tensor in rooted.state_dict().items()}
+    table = "y_embedder.embedding_table.weight"
+    assert shapes == {name: tensor.shape for name, tensor in state.items()} | {table: (8, 32)}
+    rooted.load_state_dict(state | {table: torch.cat([state[table], torch.ones(1, 32)])})
+    x, t = torch.randn(7, 4, 8, 8), torch.arange(7) * 100
+    assert rooted(x, t, EVERY).equal(plain(x, t, EVERY))
+    drop = torch.tensor([2, 1, 0, 0, 2, 0, 0])
+    expected = torch.where(drop == 2, 7, torch.where(drop == 1, THEIRS, EVERY))
+    assert rooted.train()(x, t, EVERY, force_drop_ids=drop).equal(rooted.eval()(x, t, expected))
+
+
+def test_without_a_null_row_there_is_none_to_ask_for():
+    module = embedder()
+    assert not module.has_null
+    with pytest.raises(AssertionError, match="without a null row"):
+        module.null_rows(EVERY)
 
 
 # ---- without a map, mistakes ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from conftest import tree, write_images
 from PIL import Image
 
 import checkpoint
+import runs
 import train
 from steps import drawn
 from tools import encode_latents
@@ -19,6 +20,8 @@ ROOT = Path(train.__file__).parent
 FLAGS = (
     "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5".split()
 )
+ROW = set("step loss mse vb loss_q1 loss_q2 loss_q3 loss_q4 grad_norm lr skipped_steps".split())
+ROW |= {"steps_per_s", "images_per_s", "memory_gb"}
 VAE = ["--vae", str(ROOT / "assets/vae"), "--image-size", "64", "--resume", "none"]
 
 
@@ -72,6 +75,7 @@ PLAIN, TIERED = 685_628_960, 685_640_480  # all parameters, with 1 null row or 1
         ("--image-size 512", 686_525_216, 12_153_632),
         ("--hierarchy vegfru", TIERED - (10_011 - 317) * 1152, 986_144),
         ("--method bitfit --embedder tiered", TIERED, 12_010_784 + 10 * 1152),
+        ("--null-prob 0.1", TIERED + 1152, 12_153_632 + 1152),
     ],
 )
 def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, monkeypatch):
@@ -110,17 +114,19 @@ def test_files_of_a_run(command, images, base, tmp_path, run):
         assert files == numbered | {"args.json", "log.txt", "metrics.jsonl"}
     assert [row["step"] for row in metrics(folder)] == [2, 4, 5]  # 20 images in batches of 4: an epoch is 5 steps
     for row in metrics(folder):
-        assert row.keys() == {"step", "loss", "mse", "vb", "steps_per_s", "lr"} and row["lr"] == 1e-3
+        assert row.keys() == ROW and row["lr"] == 1e-3 and row["skipped_steps"] == 0
+        assert row["images_per_s"] == pytest.approx(4 * row["steps_per_s"]) and row["memory_gb"] > 0.1
+        assert row["grad_norm"] > 0
         assert row["loss"] == pytest.approx(row["mse"] + row["vb"], rel=1e-5) and row["mse"] > 0
     lines = (folder / "log.txt").read_text().splitlines()
-    assert len(lines) == 4 and "finediffusion, 23,064 trained parameters, 20 images, Hierarchy(pets: 5 / 2)" in lines[0]
+    assert len(lines) == 5 and "finediffusion, 23,064 trained parameters, 20 images, Hierarchy(pets: 5 / 2)" in lines[0]
+    assert "memory: about " in lines[1]
     assert json.loads((folder / "args.json").read_text())["epochs"] == 1
     with Image.open(folder / "samples/0000005.png") as grid:
         assert grid.size == (4 * 10 + 2, 2 * 10 + 2)  # five classes of 8 pixels in rows of four
     shutil.rmtree(tmp_path / "000-DiT-Ti-2-finediffusion")
-    args = train.argparse.Namespace(resume=None, results_dir=tmp_path, experiment=None, model="DiT-Ti/2", method="full")
-    folder, _ = train.run_folder(args, train.Accelerator(cpu=True))
-    assert folder.name == "002-DiT-Ti-2-full"  # a number is not given twice
+    folder, states = runs.place(tmp_path, None, None, "DiT-Ti-2-full")
+    assert (folder.name, states) == ("002-DiT-Ti-2-full", [])  # a number is not given twice
 
 
 def start_of(base, name, shape, method):
@@ -129,6 +135,14 @@ def start_of(base, name, shape, method):
         return base[name] if base[name].shape == shape else None
     assert ".norm" in name or "gamma_" in name and method.startswith("difffit")
     return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+
+def test_a_null_row_is_trained_when_asked_for(run):
+    folder = run("null-row", "--null-prob", 0.5, "--lr", 0.1)
+    model, description = checkpoint.load_adapted(last(folder, "adapters"))
+    assert description["null_row"] and model.y_embedder.has_null
+    moved = state_of(folder)[f"exp_avg/{checkpoint.TABLE}"].abs().sum(1)
+    assert len(moved) == 5 + 2 + 1 and moved[-1] > 0
 
 
 TRAINED = {
@@ -155,7 +169,7 @@ def test_exactly_the_chosen_parameters_move(method, run, base):
             moved.add(name)
     assert moved == {name for name in weights if TRAINED[method](name) or name == checkpoint.TABLE}
     assert len(weights[checkpoint.TABLE]) == 5 + (2 if method == "finediffusion" else 1)
-    assert description["step"] == 2 and description["trained"] == sorted(moved)
+    assert description["step"] == 2 and description["trained"] == moved
     assert description["base"] == {"path": str(base), "sha256": checkpoint.sha256(base)}
     # base + adapter is the average of the training, bit for bit
     averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
@@ -174,8 +188,8 @@ def test_the_average_follows_every_step(run):
 
 
 def test_what_is_random_in_a_step_is_set_by_seed_and_step():
-    def draw(seed, step, flip=True, dropout=0.1):
-        return drawn(seed, step, 2000, (1, 2, 2), flip, dropout, "cpu")
+    def draw(seed, step, flip=True, dropout=0.1, null=0.0):
+        return drawn(seed, step, 2000, (1, 2, 2), flip, dropout, null, "cpu")
 
     assert same(draw(0, 3), draw(0, 3))
     for other in (draw(1, 3), draw(0, 4), draw(3, 0)):
@@ -183,8 +197,11 @@ def test_what_is_random_in_a_step_is_set_by_seed_and_step():
     r = draw(0, 3)
     assert r["t"].min() == 0 and r["t"].max() == 999 and not torch.equal(r["noise"], r["posterior"])
     assert r["flip"].float().mean().item() == pytest.approx(0.5, abs=0.05)
-    assert r["drop"].float().mean().item() == pytest.approx(0.1, abs=0.03)
-    assert not draw(0, 3, flip=False)["flip"].any() and draw(0, 3, dropout=1)["drop"].all()
+    assert r["drop"].float().mean().item() == pytest.approx(0.1, abs=0.03) and r["drop"].max() == 1
+    with_null = draw(0, 3, null=0.2)
+    assert (with_null["drop"] == 2).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(with_null["drop"] == 1, r["drop"] == 1) and torch.equal(with_null["noise"], r["noise"])
+    assert not draw(0, 3, flip=False)["flip"].any() and (draw(0, 3, dropout=1, null=0.5)["drop"] == 1).all()
 
 
 # ---- the same numbers another way ----------------------------------------------------------------
@@ -256,15 +273,26 @@ def test_a_batch_in_parts_is_the_batch(run):
     assert_same_losses(parts, whole, 1e-6)
 
 
+def gradients_of_first_step(folder):
+    """AdamW's first moment after one step from zero is a tenth of the gradient."""
+    state = without_key_biases(checkpoint.read(folder / "states/0000001.safetensors")[0])
+    return {name: tensor / 0.1 for name, tensor in state.items() if name.startswith("exp_avg/")}
+
+
 def test_two_processes_are_one(run, images, base, tmp_path):
-    flags = ["--max-steps", "3", "--log-every", "1", "--grad-accum", "2"]
+    flags = "--max-steps 3 --log-every 1 --ckpt-every 1 --preview-images 0 --grad-accum 2".split()
     start = ["--data-path", images, "--resume", base, "--results-dir", tmp_path, "--experiment", "two"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([*torchrun, *FLAGS, *start, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     one, two = run("one", *flags), tmp_path / "two"
-    assert "2 processes" in (two / "log.txt").read_text()
+    log = (two / "log.txt").read_text()
+    assert "2 processes" in log and f"gradients exchanged in a step: {23_064 * 4 / 1e6:.1f} MB" in log
+    gradients, expected = gradients_of_first_step(two), gradients_of_first_step(one)
+    assert gradients.keys() == expected.keys() and all(g.norm() > 0 for g in expected.values())
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
     assert_near(state_of(two), state_of(one))
     assert_same_losses(two, one, 1e-6)
 
@@ -308,4 +336,4 @@ def test_starts_from_an_adapter(run, adapter, base, tmp_path):
     table = tensors.pop(checkpoint.TABLE)
     assert table.shape == (5, 256) and table.std().item() == pytest.approx(3, rel=0.1)
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
-    assert description["hierarchy"]["superclasses"] == ["birds", "fish"]
+    assert description["hierarchy"].superclasses == ("birds", "fish")

@@ -2,15 +2,17 @@
 
     torchrun --nproc_per_node=8 -m tools.encode_latents --data-path inat/train_mini --out latents256
 
-Also as plain `python -m`. The same command continues where an earlier one stopped, on any number of
-processes. Writes `moments.npy`, float16 (N, F, 2C, h, w), `labels.npy`, int64 (N,), and at the very
-end `latents.json`. F = 2: the image and its mirror image, which a VAE does not encode as the mirror
-image of the latent. iNaturalist's train_mini at 256 pixels takes 32 KiB an image, 16.4 GB.
+Also as plain `python -m`. The same command continues where an earlier one stopped or was killed, on
+any number of processes. Writes the files that latents.py describes, `latents.json` at the very end.
+F = 2: the image and its mirror image, which a VAE does not encode as the mirror image of the latent.
+iNaturalist's train_mini at 256 pixels takes 32 KiB an image, 16.4 GB.
+
+An image that cannot be read gets the latents of the one that a training on images shows in its place;
+latents.json lists such under "skipped".
 """
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,21 +23,22 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import latents
 from autoencoder import load_autoencoder
-from data import LATENTS_FORMAT, ImageData
+from data import ImageData
+from folders import few
 from hierarchy import Hierarchy
-from runtime import check_gpu, run_command, write_whole
+from runtime import check_gpu, run_command
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
 
 def describe(data, hierarchy, autoencoder, args):
     """What latents.json says: all that the numbers depend on."""
-    names = [str(Path(path).relative_to(data.root)) for path in data.paths]
     return {
-        "format": LATENTS_FORMAT,
+        "format": latents.FORMAT,
         "images": len(data),
-        "image_list": hashlib.sha256(json.dumps([names, data.labels.tolist()]).encode()).hexdigest(),
+        "image_list": data.fingerprint,
         "image_size": args.image_size,
         "vae": args.vae,
         "scale": autoencoder.scale,
@@ -47,35 +50,31 @@ def describe(data, hierarchy, autoencoder, args):
     }
 
 
-def shape_of(info):
-    return info["images"], info["flips"], 2 * info["channels"], info["size"], info["size"]
-
-
-def prepare(out, info, labels):
-    """Room for all moments, or the files of an earlier start with the same `info`; True if nothing
-    is left to do."""
-    for name in ("latents.json", "begun.json"):
-        if (out / name).is_file() and json.loads((out / name).read_text()) != info:
+def prepare(out, info):
+    """Room for all moments, or the files of an earlier start with the same `info`, finished or not."""
+    for path in (out / "latents.json", out / "begun.json"):
+        found = latents.read_sealed(path) if path.is_file() else info
+        if found | info != found:
             raise ValueError(
-                f"{out}/{name} tells of latents of other images or settings: choose another --out, "
-                "or remove that folder."
+                f"{path} tells of latents of other images or settings: choose another --out, or remove that folder."
             )
-    if (out / "latents.json").is_file():
-        return True
-    if not (out / "begun.json").is_file():
+    if not any((out / name).is_file() for name in ("latents.json", "begun.json")):
         out.mkdir(parents=True, exist_ok=True)
-        need, free = 2 * int(np.prod(shape_of(info))), shutil.disk_usage(out).free
+        need, free = info["images"] * latents.item_bytes(info), shutil.disk_usage(out).free
         if need > free:
             raise ValueError(f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: choose another --out.")
-        (out / "done").mkdir(exist_ok=True)
-        np.lib.format.open_memmap(out / "moments.npy", mode="w+", dtype=np.float16, shape=shape_of(info))
-        np.save(out / "labels.npy", labels.numpy())
-        write_json(out / "begun.json", info)
-    return False
+        shutil.rmtree(out / "done", ignore_errors=True)
+        (out / "done").mkdir()
+        latents.create_moments(out, info)
+        latents.write_sealed(out / "begun.json", info)
 
 
-def write_json(path, record):
-    write_whole(path, lambda part: part.write_text(json.dumps(record) + "\n"))
+def done(out, k):
+    """{"hash", "skipped"} of chunk k if it is written, else None."""
+    try:
+        return latents.read_sealed(out / f"done/{k}")
+    except (FileNotFoundError, ValueError):  # not yet, or damaged
+        return None
 
 
 def moments_of(images, autoencoder, flips):
@@ -85,35 +84,63 @@ def moments_of(images, autoencoder, flips):
     return torch.stack(parts, dim=1).half().cpu().numpy()
 
 
+def check_finite(moments, names):
+    """ValueError naming the images of which a number of the moments (n, ...) is not finite."""
+    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
+    bad = [name for name, fine in zip(names, finite) if not fine]
+    if bad:
+        raise ValueError(
+            f"The latents of {few(bad)} hold NaN or infinity in fp16, expected finite numbers: look at the images, or "
+            "pass another --vae."
+        )
+
+
 def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num_workers=4):
     """Encode those of this rank's chunks (every `world`-th) that are not done."""
-    chunks = [k for k in range(rank, -(-len(data) // CHUNK), world) if not (out / f"done/{k}").exists()]
     batches = []  # of rows, none across the border of a chunk
-    for k in chunks:
-        rows = range(k * CHUNK, min((k + 1) * CHUNK, len(data)))
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    for k in range(rank, latents.chunk_count(info), world):
+        rows = latents.chunk_rows(info, k)
+        if not done(out, k):
+            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
-    moments = np.load(out / "moments.npy", mmap_mode="r")
-    begin, item = moments.offset, moments[0].nbytes
-    with open(out / "moments.npy", "r+b") as file:  # plain writes: several nodes may share the file
-        for rows, (x, _) in zip(batches, loader):
-            file.seek(begin + rows[0] * item)
-            file.write(moments_of(x.to(device), autoencoder, info["flips"]).tobytes())
-            if rows[-1] + 1 == len(data) or (rows[-1] + 1) % CHUNK == 0:
+    with bar, open(out / "moments.npy", "r+b") as file:  # plain writes: several nodes may share the file
+        header = file.read(latents.NPY_HEADER)
+        for rows, (x, _, shown) in zip(batches, loader):
+            k = rows[0] // info["chunk"]
+            chunk = latents.chunk_rows(info, k)
+            if rows[0] == chunk[0]:
+                digest, skipped = hashlib.sha256(b"" if k else header), []
+            moments = moments_of(x.to(device), autoencoder, info["flips"])
+            check_finite(moments, [data.name(i) for i in shown])
+            file.seek(latents.NPY_HEADER + rows[0] * latents.item_bytes(info))
+            file.write(moments.tobytes())
+            digest.update(moments.tobytes())
+            skipped += [(i, j) for i, j in zip(rows, shown.tolist()) if i != j]
+            if rows[-1] == chunk[-1]:
                 file.flush()
                 os.fsync(file.fileno())
-                (out / f"done/{rows[0] // CHUNK}").touch()
+                latents.write_sealed(out / f"done/{k}", {"hash": digest.hexdigest(), "skipped": skipped})
             bar.update(len(rows))
-    bar.close()
 
 
-def finish(out, info):
-    missing = [k for k in range(-(-info["images"] // CHUNK)) if not (out / f"done/{k}").exists()]
-    assert not missing, missing
-    write_json(out / "latents.json", info)
+def finish(out, info, data):
+    records = [done(out, k) for k in range(latents.chunk_count(info))]
+    assert all(records)
+    skipped = [pair for record in records for pair in record["skipped"]]
+    latents.write_rest(out, info, data.names, data.labels, [record["hash"] for record in records], skipped)
     (out / "begun.json").unlink()
     shutil.rmtree(out / "done")
+
+
+def report(out, data, hierarchy):
+    print(f"{out}: latents of {len(data):,} images, {hierarchy!r}")
+    skipped = latents.read_sealed(out / "latents.json")["skipped"]
+    if skipped:
+        names = few(data.name(i) for i, _ in skipped)
+        print(f"Images that cannot be read: {len(skipped)} ({names}); for each stands the next of its class that can.")
+    for warning in data.warnings:
+        print(warning)
 
 
 def main(argv=None):
@@ -139,26 +166,17 @@ def main(argv=None):
     data = ImageData(args.data_path, hierarchy, args.image_size)
     autoencoder = load_autoencoder(args.vae, state.device)
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
-    done = prepare(out, info, data.labels) if state.is_main_process else None
+    if state.is_main_process:
+        prepare(out, info)
     state.wait_for_everyone()
-    done = done if state.is_main_process else (out / "latents.json").is_file()
-    if not done:
-        encode(
-            data,
-            autoencoder,
-            out,
-            info,
-            state.process_index,
-            state.num_processes,
-            state.device,
-            args.batch_size,
-            args.num_workers,
-        )
+    if not (out / "latents.json").is_file():
+        share = state.process_index, state.num_processes, state.device
+        encode(data, autoencoder, out, info, *share, args.batch_size, args.num_workers)
         state.wait_for_everyone()
         if state.is_main_process:
-            finish(out, info)
+            finish(out, info, data)
     if state.is_main_process:
-        print(f"{out}: latents of {len(data):,} images, {hierarchy!r}")
+        report(out, data, hierarchy)
 
 
 if __name__ == "__main__":
