@@ -1,5 +1,7 @@
 """Grids of images with captions, for people."""
 
+from collections import Counter
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +16,13 @@ def caption(class_name):
     """What to write under an image: the species of an iNaturalist name, else the name with spaces."""
     parts = class_name.split("_")
     return " ".join(parts[-2:] if is_inat([class_name]) else parts)
+
+
+def class_folders(names):
+    """Class names as names of folders, one for each: what a file system would not take is replaced, twins get their label."""
+    plain = ["".join("_" if c in "/\\:\0" else c for c in name).strip(". ") or "_" for name in names]
+    twins = {name for name, count in Counter(plain).items() if count > 1}
+    return [f"{name}-{label}" if name in twins else name for label, name in enumerate(plain)]
 
 
 def fitted(text, font, width):

@@ -33,8 +33,9 @@ def memory_gb(device):
 class Watch:
     """Every process has one; the main process writes.
 
-    `batches`, `data`: which images are in a step, and their names. `stop`: at a loss or gradient that is not finite,
-    or else pass over it. `kept`: what a training state has of the row of metrics that was begun. `most_unreadable`: so many images may be replaced by others before the run stops.
+    `batches`, `data`: which images are in a step, and their names. `kept`: what a training state has of the row of
+    metrics that was begun. `stop`: at a loss or gradient that is not finite, or else pass over it. `most_unreadable`:
+    so many images may be replaced by others before the run stops.
     """
 
     def __init__(self, accelerator, folder, batches, data, kept=None, stop=True, most_unreadable=0):

@@ -3,9 +3,11 @@
 Equation numbers: DDPM is arXiv 2006.11239, improved DDPM is arXiv 2102.09672, DDIM is arXiv
 2010.02502. alpha_bar_t is DDPM's; DDIM writes alpha_t for it.
 
-Shapes: x is (N, C, ...), t is (N,) int64 in 0..num_timesteps-1. A model is called as
-`model(x, t, **model_kwargs)` with original timesteps and returns (N, C, ...), or (N, 2C, ...) when
-it chooses the variance too. Half-precision model outputs are brought to float32 first.
+Shapes: x is (N, C, ...), t is (N,) int64 in 0..num_timesteps-1. A step back also takes one int for
+all of x, as the samplers do: its coefficients are then plain numbers, which takes half the time (and
+a GPU nothing to look up). A model is called as `model(x, t, **model_kwargs)` with original timesteps
+(N,) and returns (N, C, ...), or (N, 2C, ...) when it chooses the variance too. Half-precision model
+outputs are brought to float32 first.
 """
 
 import math
@@ -21,7 +23,7 @@ from .likelihood import decoder_log_likelihood, mean_flat, normal_kl
 
 
 class Coefficients(NamedTuple):
-    """What the formulas need of the schedule at t; every field (num_timesteps,) or (N, 1, ..)."""
+    """What the formulas need of the schedule at t; every field (num_timesteps,), (N, 1, ..) or a number."""
 
     sqrt_alphas_cumprod: object
     sqrt_one_minus_alphas_cumprod: object
@@ -31,8 +33,10 @@ class Coefficients(NamedTuple):
     posterior_mean_coef2: object
     posterior_variance: object
     posterior_log_variance_clipped: object
-    log_betas: object
+    middle_log_variance: object  # improved DDPM eq. 15: a learned one is middle + v * reach,
+    reach_log_variance: object  # v in [-1, 1], from log beta~_t to log beta_t
     fixed_log_variance: object
+    noise_scale: object  # 1, but 0 at t = 0
 
 
 class Transition(NamedTuple):
@@ -87,18 +91,22 @@ class GaussianDiffusion:
             posterior_mean_coef2=self.posterior_mean_coef2,
             posterior_variance=self.posterior_variance,
             posterior_log_variance_clipped=small,
-            log_betas=np.log(betas),
+            middle_log_variance=(np.log(betas) + small) / 2,
+            reach_log_variance=(np.log(betas) - small) / 2,
             fixed_log_variance=small if variance == "fixed_small" else large,
+            noise_scale=np.arange(len(betas)) > 0,
         )
         self._tables = {"schedule": np.stack(schedule)}
         self._tables_on = {}
 
     def model_timesteps(self, t):
-        """(N,) timesteps of this process -> (N,) timesteps that the model was trained on."""
+        """Timesteps of this process, (N,) or one -> the same of those that the model was trained on."""
         return t
 
     def _rows(self, table, t, x):
-        """The table's rows at t, each (N, 1, ..) against x; float32, or float64 where x is."""
+        """The table's rows at t, each (N, 1, ..) against x, float32, or float64 where x is; numbers for one t."""
+        if isinstance(t, int):
+            return self._tables[table][:, t].tolist()
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = table, t.device, dtype
         if key not in self._tables_on:
@@ -131,7 +139,9 @@ class GaussianDiffusion:
 
     def _output(self, model, x, t, model_kwargs):
         """The model's prediction (N, C, ...) and its variance channels, (N, C, ...) or None."""
-        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        t = self.model_timesteps(t)
+        t = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        output = model(x, t, **(model_kwargs or {}))
         output = output.to(torch.promote_types(x.dtype, torch.float32))
         channels = x.shape[1] * (2 if self.variance == "learned" else 1)
         if output.shape != (len(x), channels, *x.shape[2:]):
@@ -144,10 +154,9 @@ class GaussianDiffusion:
     def _distribution(self, c, prediction, v, x, clip_denoised=False, denoised_fn=None):
         """p(x_{t-1} | x_t) as (mean, log variance, x_0)."""
         if v is None:
-            log_variance = c.fixed_log_variance.expand_as(x)
-        else:  # improved DDPM eq. 15; v in [-1, 1] goes from beta~_t to beta_t
-            share = (v + 1) / 2
-            log_variance = share * c.log_betas + (1 - share) * c.posterior_log_variance_clipped
+            log_variance = c.fixed_log_variance + torch.zeros_like(x)
+        else:
+            log_variance = c.middle_log_variance + v * c.reach_log_variance
         if self.predict_xstart:
             x_start = prediction
         else:  # DDPM eq. 15
@@ -220,10 +229,11 @@ class GaussianDiffusion:
 
         noise_fn(x) is called at t = 0 too, where its noise is multiplied by 0.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        sigma = out["variance"].sqrt() * (t != 0).reshape(-1, *[1] * (x.ndim - 1))
-        sample = out["mean"] + sigma * noise_fn(out["mean"])
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        prediction, v = self._output(model, x, t, model_kwargs)
+        c = self._at(t, x)
+        mean, log_variance, x_start = self._distribution(c, prediction, v, x, clip_denoised, denoised_fn)
+        sigma = c.noise_scale * (0.5 * log_variance).exp()
+        return {"sample": mean + sigma * noise_fn(mean), "pred_xstart": x_start}
 
     def ddim_sample(
         self,
@@ -301,8 +311,7 @@ class GaussianDiffusion:
             if step_noise is not None:
                 noise_fn = lambda x, i=i: _noise_of(shape, step_noise(x, i))  # noqa: E731
             with torch.no_grad():
-                t = torch.full((len(x),), i, device=x.device)
-                out = step(model, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn)
+                out = step(model, x, i, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn)
             yield out
             x = out["sample"]
 

@@ -81,7 +81,9 @@ class SpacedDiffusion(GaussianDiffusion):
         self._map_on = {}  # device -> (num_timesteps,) int64
 
     def model_timesteps(self, t):
-        """(N,) positions among the kept timesteps -> (N,) original timesteps."""
+        """Positions among the kept timesteps, (N,) or one -> original timesteps."""
+        if isinstance(t, int):
+            return self.timestep_map[t]
         if t.device not in self._map_on:
             self._map_on[t.device] = torch.tensor(self.timestep_map, device=t.device)
         return self._map_on[t.device][t]

@@ -11,10 +11,14 @@ from PIL import Image
 
 import checkpoint
 import models
+import runtime
 import sample
 from diffusion import create_diffusion
+from guidance import GUIDANCES, guided
 from hierarchy import Hierarchy
-from sampling import sample_latents, to_uint8
+from pictures import class_folders
+from sampling import SAMPLERS, sample_latents, to_uint8
+from sampling_options import guidance_of
 
 VAE = Path(sample.__file__).parent / "assets/vae"
 NAMES = [name for names in CLASSES.values() for name in names]
@@ -72,9 +76,13 @@ def test_a_picture_depends_on_seed_class_and_position_alone(run, adapter):
     alone = run(*flags, "--classes", "pug")
     assert_near(alone, {name: together[name] for name in together if name.startswith("pug/")})
     assert not np.array_equal(together["pug/000000.png"], together["pug/000001.png"])
-    for flag in (("--seed", 1), ("--cfg-scale", 1), ("--sampler", "ddim")):
+    for flag in (("--seed", 1), ("--cfg-scale", 1), *(("--sampler", name) for name in SAMPLERS[1:])):
         with pytest.raises(AssertionError):
             assert_near(run(*flags, "--classes", "pug", *flag), alone)
+
+
+def test_a_folder_for_each_class():
+    assert class_folders(["lynx", "a/b", "a:b", "..", " c. ", "a_b"]) == ["lynx", "a_b-1", "a_b-2", "_", "c", "a_b-5"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,144 @@ def test_the_base_may_have_moved(run, command, adapter, base, tmp_path):
         assert equal(run("--ckpt", adapter, "--base", moved), pictures)
     finally:
         shutil.move(moved, base)
+
+
+# ---- guidance: flags and the other weights that they name ------------------------------------------------------------
+
+
+def rewritten(adapter, path, **changes):
+    """The adapter with other numbers in its tensors and `changes` in its description, from an earlier step."""
+    tensors, description = checkpoint.read(adapter)
+    tensors = {
+        name: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(9)) for name, t in tensors.items()
+    }
+    if changes.get("null_row"):
+        tensors[checkpoint.TABLE] = torch.cat([tensors[checkpoint.TABLE], torch.ones(1, 256)])
+    checkpoint.save_safetensors(path, tensors, description | {"step": 3} | changes)
+    return path
+
+
+@pytest.fixture
+def asked(adapter, monkeypatch):
+    """asked(*flags) -> (model, its guidance, description) as sample.py makes them of the flags."""
+
+    def asked(*flags, ckpt=adapter):
+        monkeypatch.setattr("sys.argv", ["sample.py", "--ckpt", str(ckpt), *map(str, flags)])
+        args = sample.parse_args()
+        sample.check_settings(args)
+        model, description, _ = sample.load_model(args, "cpu")
+        return model, guidance_of(args, model, description), description
+
+    return asked
+
+
+@torch.no_grad()
+def guides(model, guidance, x, t, labels):
+    """What a class is pushed away from: the guided prediction at scale 0."""
+    assert guidance.scale == 0 and guidance.channels == "all"
+    return guided(model, labels, guidance, [(0, i) for i in range(len(x))])(x, t)[:, : model.in_channels]
+
+
+X, T, Y = torch.linspace(-2, 2, 3 * 3 * 64).view(3, 3, 8, 8), torch.full((3,), 300), torch.tensor([0, 3, 4])
+AT_0 = "--cfg-scale", 0, "--cfg-channels", "all"
+
+
+@torch.no_grad()
+def test_autoguidance_is_by_the_weak_adapter(asked, adapter, tmp_path):
+    weak = rewritten(adapter, tmp_path / "weak.safetensors")
+    model, guidance, _ = asked("--guidance", "autoguidance", "--weak", weak, *AT_0)
+    other, _ = checkpoint.load_adapted(weak)
+    for _ in range(2):  # the weights are put back
+        assert guides(model, guidance, X, T, Y).equal(other(X, T, Y)[:, :3])
+        assert model(X, T, Y).equal(checkpoint.load_adapted(adapter)[0](X, T, Y))
+
+
+@torch.no_grad()
+def test_domain_guidance_is_by_the_plain_dit_before_the_fine_tune(asked, adapter, base):
+    model, guidance, _ = asked("--guidance", "domain", *AT_0)
+    plain = models.DiT_models["DiT-Ti/2"](input_size=8, in_channels=3, num_classes=9).eval()
+    checkpoint.load(plain, checkpoint.read(base)[0], base)
+    own = checkpoint.load_adapted(adapter)[0](X, T, Y)
+    for _ in range(2):
+        assert guides(model, guidance, X, T, Y).equal(plain(X, T, torch.tensor([9, 9, 9]))[:, :3])
+        assert model(X, T, Y).equal(own)
+    swapped = sum(tensor.numel() for tensor in guidance.other.values())
+    trained = sum(tensor.numel() for tensor in checkpoint.read(adapter)[0].values())
+    assert swapped == trained - 7 * 256 + 256  # of the class table one row
+
+
+@torch.no_grad()
+def test_null_guidance_and_the_chain_are_by_the_null_row(asked, adapter, tmp_path):
+    rooted = rewritten(adapter, tmp_path / "rooted.safetensors", null_row=True)
+    model, guidance, _ = asked("--guidance", "null", *AT_0, ckpt=rooted)
+    chain = asked("--guidance", "chain", "--cfg-scale-parent", 3, *AT_0, ckpt=rooted)[1]
+    e_p, e_0 = (model(X, T, rows)[:, :3] for rows in (torch.tensor([5, 6, 6]), torch.tensor([7, 7, 7])))
+    for found, expected in (
+        (guides(model, guidance, X, T, Y), e_0),
+        (guides(model, chain, X, T, Y), e_0 + 3 * (e_p - e_0)),
+    ):
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def flags_for(kind, adapter, tmp_path):
+    weak = ("--weak", rewritten(adapter, tmp_path / "weak.safetensors")) if kind == "autoguidance" else ()
+    if kind in ("null", "chain"):
+        adapter = rewritten(adapter, tmp_path / "rooted.safetensors", null_row=True)
+    return "--ckpt", adapter, *weak
+
+
+@pytest.mark.parametrize("kind", GUIDANCES)
+def test_every_guidance_draws_and_at_scale_one_is_none(kind, run, adapter, tmp_path):
+    flags = *flags_for(kind, adapter, tmp_path), "--classes", "pug", "lynx"
+    none = run(*flags[:2], *flags[-3:], "--guidance", "none", "--cfg-scale", 3)
+    assert equal(run(*flags, "--guidance", kind, "--cfg-scale", 1), none)
+    assert equal(run(*flags, "--guidance", kind, "--cfg-scale", 3, "--guidance-interval", 1, 2), none)  # of 0, 500, 999
+    guided = run(*flags, "--guidance", kind, "--cfg-scale", 3)
+    assert equal(guided, none) == (kind == "none")
+    assert equal(run(*flags, "--guidance", kind, "--cfg-scale", 3, "--guidance-interval", 0, 999), guided)
+
+
+def official_base(adapter, official, path):
+    return rewritten(adapter, path, base={"path": str(official), "sha256": runtime.sha256(official)})
+
+
+REFUSED = [
+    ("--cfg-scale -0.5", "--cfg-scale is -0.5, expected a finite number, 0 or more"),
+    ("--guidance chain --cfg-scale-parent nan", "--cfg-scale-parent is nan"),
+    ("--guidance-interval 600 200", "--guidance-interval is 600 200 the lower one first"),
+    ("--guidance-interval 0 1000", "--guidance-interval is 0 1000, expected two timesteps of 0..999"),
+    ("--guidance-interval -1 999", "--guidance-interval is -1 999"),
+    ("--guidance null", "--guidance is null, but the model has no null row: train it with --null-prob"),
+    ("--guidance chain", "--guidance is chain, but the model has no null row"),
+    ("--guidance autoguidance", "pass an earlier adapter as --weak"),
+    ("--guidance autoguidance --weak nowhere", "--weak is nowhere, expected an earlier adapter"),
+    ("--guidance autoguidance --weak @base", "expected an earlier adapter"),
+    ("--guidance autoguidance --weak @rebased", "is of another base, model or method than"),
+    ("--guidance autoguidance --weak @rooted", "is of another base, model or method than"),
+    ("--weak @base", "--weak belongs to --guidance autoguidance, found superclass"),
+    ("--cfg-scale-parent 2", "--cfg-scale-parent belongs to --guidance chain"),
+    ("--ckpt @rebased --guidance domain", "--guidance domain needs the null row of a plain DiT"),
+    ("--ckpt @plain --guidance domain", "expected an adapter"),
+    ("--seed-mode official --guidance none", "drop the other flags"),
+    ("--seed-mode official --guidance-interval 0 500", "drop the other flags"),
+]
+
+
+@pytest.mark.parametrize("flags, words", REFUSED, ids=lambda value: value.replace("/", "|"))
+def test_guidance_that_cannot_be(flags, words, command, adapter, base, official, tmp_path):
+    make = {
+        "@base": lambda: base,
+        "@rebased": lambda: official_base(adapter, official, tmp_path / "rebased.safetensors"),
+        "@rooted": lambda: rewritten(adapter, tmp_path / "rooted.safetensors", null_row=True),
+    }
+    start = ["--ckpt", adapter]
+    if "@plain" in flags:
+        start, flags = ["--ckpt", base, *PIXELS, "--num-classes", 9, "--num-super-classes", 1], flags[14:]
+    flags = [make[flag]() if flag in make else flag for flag in flags.split()]
+    result = command(sample.main, *start, "--sample-dir", tmp_path / "out", *flags)
+    assert result.code == 2 and result.err.count("\n") == 1 and result.err.endswith(".\n"), result.err
+    assert all(part in result.err for part in words.split(" the lower")), result.err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- checkpoints without a description -----------------------------------------------------------

@@ -1,14 +1,16 @@
 """Let a small classifier, trained on real glyphs, read generated ones.
 
-    python -m tools.read_glyphs --train data/train --real data/held-out --generated "w = 2=samples/w2" --out grid.png
+    python -m tools.read_glyphs --train data/train --real data/held-out --generated "w = 2=samples/w2" --out reading
 
 Prints, for the real held-out faces and for every folder of generated images, the share read as the right class and as
-a class of the right superclass, and draws a grid of real above generated glyphs. The superclass rows of `--train` are
-the hierarchy.
+a class of the right superclass. Writes to `--out` these figures, a grid of real above generated glyphs, and the
+classifier and its features as TorchScript, for `evaluate.py --classifier` and `--features`. The superclass rows of
+`--train` are the hierarchy.
 """
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +22,48 @@ from torch.nn import functional as F
 from data import list_images
 from hierarchy import Hierarchy
 from pictures import labelled_grid
-from runtime import run_command
+from runtime import run_command, write_whole
 
-STEPS, BATCH, SHIFT = 350, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of 32 pixels
+STEPS, BATCH, SHIFT = 350, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of SIDE pixels
+SIDE, FEATURES = 32, 64
 PER_BLOCK = 12  # classes of a superclass in the grid
 
 
 def load(folder, hierarchy):
-    """Images of a folder: float32 (N, 1, 32, 32) in [0, 1], and labels (N,)."""
+    """Images of a folder: uint8 (N, 3, H, W), and labels (N,)."""
     paths, labels = list_images(folder, hierarchy)
-    images = [np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BOX)) for path in paths]
-    return torch.from_numpy(np.stack(images))[:, None].float() / 255, labels
+    images = [np.array(Image.open(path).convert("RGB")) for path in paths]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
+
+
+class Grey(nn.Module):
+    """uint8 (N, 3, H, W) -> float32 (N, 1, side, side) in [0, 1]."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x.float().mean(1, keepdim=True) / 255, (self.side, self.side))
 
 
 def network(classes):
+    """(features, head): Grey images -> (N, FEATURES) -> (N, classes)."""
+
     def stage(before, after):
         return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
 
-    return nn.Sequential(
-        *stage(1, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, classes)
-    )
+    convolutions = [*stage(1, 32), *stage(32, 64), *stage(64, 128)]
+    features = nn.Sequential(*convolutions, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, FEATURES), nn.ReLU())
+    return features, nn.Linear(FEATURES, classes)
 
 
-def train(images, labels, classes, seed):
-    """A classifier of images (N, 1, 32, 32), in eval mode."""
+def train(images, labels, classes, seed=0):
+    """(features, logits): networks of uint8 images (N, 3, H, W), in eval mode."""
     torch.manual_seed(seed)
-    net = network(classes)
+    features, head = network(classes)
+    net, grey = nn.Sequential(features, head), Grey(SIDE)
+    images = grey(images)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
     for _ in range(STEPS):
@@ -58,23 +76,26 @@ def train(images, labels, classes, seed):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
+    return nn.Sequential(grey, features).eval(), nn.Sequential(grey, features, head).eval()
 
 
 @torch.no_grad()
-def read(net, images):
-    return torch.cat([net(part).argmax(1) for part in images.split(256)])
+def apply(net, images):
+    return torch.cat([net(part) for part in images.split(256)])
 
 
-def shares(net, folder, hierarchy):
-    """Of the images in `folder`: the share read rightly, and the share read as a class of the right superclass."""
-    images, labels = load(folder, hierarchy)
-    found, parents = read(net, images), hierarchy.parents
-    return {
-        "images": len(labels),
-        "class": (found == labels).float().mean().item(),
-        "superclass": (parents[found] == parents[labels]).float().mean().item(),
-    }
+def shares(logits, labels, parents):
+    """Shares of images read as the right class, and as a class of the right superclass."""
+    found = logits.argmax(1)
+    right = {"class": found == labels, "superclass": parents[found] == parents[labels]}
+    return {name: share.double().mean().item() for name, share in right.items()}
+
+
+def save_script(net, path):
+    """A network as TorchScript, which evaluate.py reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is old, but every torch reads it
+        write_whole(path, lambda part: torch.jit.script(net).save(str(part)))
 
 
 def first_images(folder, hierarchy, labels):
@@ -105,7 +126,7 @@ def main():
     parser.add_argument("--train", required=True, help="real glyphs to learn to read, superclass/class/*.png")
     parser.add_argument("--real", required=True, help="real glyphs of other faces")
     parser.add_argument("--generated", nargs="+", required=True, metavar="TITLE=FOLDER")
-    parser.add_argument("--out", required=True, help="the grid to draw; the figures go beside it as .json")
+    parser.add_argument("--out", required=True, help="folder for figures.json, grid.png, reader.pt and features.pt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -114,16 +135,18 @@ def main():
         raise ValueError(f"--generated has {untitled[0]}, expected TITLE=FOLDER: give it a title, such as w=2.")
     generated = dict(entry.rsplit("=", 1) for entry in args.generated)
     hierarchy = Hierarchy.from_folder(args.train)
-    for folder in (args.real, *generated.values()):
-        list_images(folder, hierarchy)  # what is wrong with them is said before the training
-    net = train(*load(args.train, hierarchy), hierarchy.num_classes, args.seed)
-    figures = {"real, other faces": shares(net, args.real, hierarchy)}
-    figures |= {title: shares(net, folder, hierarchy) for title, folder in generated.items()}
+    sets = {title: load(folder, hierarchy) for title, folder in {"real, other faces": args.real, **generated}.items()}
+    features, reader = train(*load(args.train, hierarchy), hierarchy.num_classes, args.seed)
+    figures = {}
     print(f"{'':24}{'images':>8}{'right class':>14}{'right superclass':>18}")
-    for title, row in figures.items():
+    for title, (images, labels) in sets.items():
+        row = figures[title] = {"images": len(labels), **shares(apply(reader, images), labels, hierarchy.parents)}
         print(f"{title:24}{row['images']:8d}{row['class']:14.1%}{row['superclass']:18.1%}")
-    grid(args.real, generated, hierarchy).save(args.out)
-    Path(args.out).with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    out = Path(args.out)
+    save_script(reader, out / "reader.pt")
+    save_script(features, out / "features.pt")
+    grid(args.real, generated, hierarchy).save(out / "grid.png")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

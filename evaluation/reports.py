@@ -1,0 +1,145 @@
+"""The result of an evaluation as a table for the terminal, Markdown, CSV, JSON and a bar figure."""
+
+import csv
+import io
+import json
+
+from matplotlib.figure import Figure
+
+from runtime import write_whole
+
+OVERALL = "overall"
+
+
+def columns(report):
+    """[(title, function of a row, format)], those that have a figure in some row."""
+    every = [
+        ("real", lambda row: row["n_real"], "{:,}"),
+        ("fake", lambda row: row["n_fake"], "{:,}"),
+        ("FID", lambda row: row.get("fid"), "{:.3f}"),
+        ("floor", lambda row: row.get("floor"), "{:.3f}"),
+        ("KID x 1000", lambda row: spread(row), "{:.2f} ± {:.2f}"),
+    ]
+    for name in report["overall"].get("features", {}):
+        every += [
+            (f"FD {name}", lambda row, name=name: row["features"][name]["fd"], "{:.4g}"),
+            (f"floor {name}", lambda row, name=name: row["features"][name].get("floor"), "{:.4g}"),
+            (f"KID x 1000 {name}", lambda row, name=name: spread(row["features"][name]), "{:.4g} ± {:.2g}"),
+        ]
+    every += [
+        ("LPIPS", lambda row: row.get("lpips"), "{:.3f}"),
+        ("real LPIPS", lambda row: row.get("lpips_real"), "{:.3f}"),
+        ("pooled", lambda row: row.get("lpips_pooled"), "{:.3f}"),
+        ("real pooled", lambda row: row.get("lpips_pooled_real"), "{:.3f}"),
+        ("top-1", lambda row: row.get("top1"), "{:.1%}"),
+        ("superclass", lambda row: row.get("superclass_accuracy"), "{:.1%}"),
+    ]
+    rows = rows_of(report).values()
+    return [column for column in every if any(column[1](row) is not None for row in rows)]
+
+
+def spread(found):
+    return None if found.get("kid") is None else (1000 * found["kid"], 1000 * found["kid_std"])
+
+
+def rows_of(report):
+    """{name: row}, the superclasses and then all images."""
+    return {**report["superclasses"], OVERALL: report["overall"]}
+
+
+def cells(report):
+    """The table as text: a list of rows, the titles first."""
+    chosen = columns(report)
+    lines = [["", *(title for title, _, _ in chosen)]]
+    for name, row in rows_of(report).items():
+        values = [get(row) for _, get, _ in chosen]
+        texts = [
+            "-" if value is None else form.format(*(value if isinstance(value, tuple) else (value,)))
+            for value, (_, _, form) in zip(values, chosen)
+        ]
+        lines.append([name, *texts])
+    return lines
+
+
+def remarks(report):
+    """Sentences that belong under the table."""
+    stamp = [f"NOT COMPARABLE with published figures: {reason}." for reason in report["not_comparable"]]
+    whole, more = report["overall"], []
+    if whole.get("precision") is not None:
+        more.append(f"Precision {whole['precision']:.3f}, recall {whole['recall']:.3f}.")
+    if whole.get("inception_score") is not None:
+        more.append(f"Inception score {whole['inception_score']:.2f} ± {whole['inception_score_std']:.2f}.")
+    for key, title in (("lpips", "LPIPS within a class"), ("lpips_pooled", "LPIPS pooled")):
+        if whole.get(f"{key}_interval"):
+            low, high = whole[f"{key}_interval"]
+            more.append(f"{title} {whole[key]:.3f}, 95% interval over classes {low:.3f} to {high:.3f}.")
+    return stamp + more + report["notes"]
+
+
+def text_table(report):
+    lines = cells(report)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    ]
+    rows.insert(len(rows) - 1, "-" * len(rows[0]))
+    return "\n".join([*rows, *(f"  {text}" for text in remarks(report))])
+
+
+def markdown(report):
+    titles, *lines = cells(report)
+    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *lines]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table + "\n\n" + "\n".join(f"- {text}" for text in remarks(report)) + "\n"
+
+
+def flat(row, prefix=""):
+    """{"a.b": value} of nested dicts."""
+    pairs = {}
+    for key, value in row.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
+
+
+def csv_text(report):
+    """Every figure of every row; the last column says whether it compares with published ones."""
+    rows = {name: flat(row) for name, row in rows_of(report).items()}
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["superclass", *keys, "comparable"])
+    for name, row in rows.items():
+        writer.writerow([name, *(row.get(key) for key in keys), report["comparable"]])
+    return file.getvalue()
+
+
+def bar_figure(report):
+    """Bars by superclass of every column that is a single number, but the counts."""
+    shown = [column for column in columns(report)[2:] if "±" not in column[2]]
+    rows = rows_of(report)
+    figure = Figure(figsize=(3 + 2.2 * len(shown), 1.5 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0] if shown else []
+    for axis, (title, get, _) in zip(axes, shown):
+        values = [get(row) or 0 for row in rows.values()]
+        axis.barh(list(rows), values, color=["#4477aa"] * (len(rows) - 1) + ["#222222"])
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+    if len(axes):
+        axes[0].invert_yaxis()
+    if not report["comparable"]:
+        figure.suptitle("not comparable with published figures", fontsize=9, color="#aa3333")
+    return figure
+
+
+def write_report(folder, report):
+    """metrics.json, .md, .csv and superclasses.png, each whole or not at all."""
+    texts = {
+        "metrics.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "metrics.md": markdown(report),
+        "metrics.csv": csv_text(report),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+    figure = bar_figure(report)
+    write_whole(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=120, format="png"))

@@ -1,0 +1,214 @@
+"""Sample tens of thousands of images, to measure a model by.
+
+    torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/NAME/adapters/0200000.safetensors --num-fid-samples 50000
+    python sample_ddp.py --ckpt results/NAME/adapters/0200000.safetensors --num-fid-samples 50000 --format both
+
+Writes `<sample-dir>/<name>/<class>/<number>.png`, or the `<sample-dir>/<name>.npz` of ADM's evaluation, or both. The same
+command again goes on where a stopped one was, on any number of processes, until there are exactly as many images.
+
+Image k is the same picture whatever the batch and the processes: its noise, at every step, is set by (seed, k) alone.
+On a CPU it is the same bit for bit, because the network sees one image at a time and computes in one thread: the sums of
+a matrix product depend on its height, and on how many threads share it (1e-6 of an image, measured). On GPUs
+forward passes are batched, and pictures are the same but for the order of such sums. To use the cores of a CPU, start
+as many processes.
+"""
+
+import argparse
+import hashlib
+import math
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from finetune import store_frozen
+from pictures import class_folders
+from runtime import check_gpu, compute_type, on_main, run_command, sha256
+from sample_store import FORMATS, Store, Writer
+from sampling import sample_keyed, to_uint8
+from sampling_options import add_options, check_options, check_range, guidance_of, load_model
+
+GOLDEN = (5**0.5 - 1) / 2
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add_options(add)
+    add("--num-fid-samples", type=int, default=50_000, help="number of images")
+    add(
+        "--labels",
+        choices=["balanced", "random"],
+        default="balanced",
+        help="equally many of each class, or uniform draws",
+    )
+    add("--global-seed", type=int, default=0)
+    add("--per-proc-batch-size", type=int, default=32, help="images that a GPU computes together")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TF32 matrix products, on GPUs from Ampere on",
+    )
+    add("--mixed-precision", choices=["no", *HALF], default="no", help="what the network computes in")
+    add("--format", choices=FORMATS, default="png")
+    add("--sample-dir", default="samples")
+    add("--name", help="of the folder in --sample-dir; default: model, checkpoint, size, vae, scale, steps and seed")
+    return parser.parse_args()
+
+
+def check_settings(args):
+    check_options(args)
+    many = (1, 10**9)
+    check_range(args, num_fid_samples=many, per_proc_batch_size=many, global_seed=(0, 2**63 - 1))
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("--mixed-precision is fp16, expected a GPU for it and found none: choose bf16 or no.")
+    if args.name and (Path(args.name).name != args.name or args.name == ".."):
+        raise ValueError(
+            f"--name is {args.name}, expected the name of a folder: choose another --sample-dir for its place."
+        )
+
+
+# ---- which pictures -------------------------------------------------------------------------------------------------
+
+
+def balanced(count, classes):
+    """Labels int64 (count,), label of k: k * stride mod classes, with a stride near the golden section of `classes`.
+
+    The stride has no divisor in common with `classes`, so every `classes` images in a row hold each class once: for any
+    count the classes differ by one image at most. And any stretch of images is spread evenly over the order of the
+    classes, where a superclass is one range or a few: a short run shows each superclass in its share.
+    """
+    stride = max(1, round(GOLDEN * classes))
+    while math.gcd(stride, classes) > 1:
+        stride += 1
+    return np.arange(count) * stride % classes
+
+
+def random_labels(count, classes, seed):
+    """Labels int64 (count,), that of k drawn uniformly by (seed, k)."""
+    digests = (hashlib.blake2b(f"label {seed} {k}".encode(), digest_size=16).digest() for k in range(count))
+    return np.array([int.from_bytes(digest, "little") % classes for digest in digests])
+
+
+def settings_of(args, description, autoencoder):
+    """All that decides the pictures, as JSON."""
+    weights = hashlib.sha256()
+    for name, tensor in autoencoder.vae.state_dict().items() if autoencoder.vae else ():
+        weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "model": description["model"],
+        "image_size": description["image_size"],
+        "ckpt_sha256": sha256(description["file"]),
+        "base_sha256": (description["base"] or {}).get("sha256"),
+        "hierarchy": description["hierarchy"].digest(),
+        "vae_sha256": weights.hexdigest(),
+        "guidance": args.guidance,
+        "weak_sha256": args.weak and sha256(args.weak),
+        "cfg_scale": args.cfg_scale,
+        "cfg_scale_parent": args.cfg_scale_parent,
+        "cfg_channels": args.cfg_channels,
+        "guidance_interval": args.guidance_interval,
+        "sampler": args.sampler,
+        "num_sampling_steps": args.num_sampling_steps,
+        "mixed_precision": args.mixed_precision,
+        "tf32": args.tf32,
+        "global_seed": args.global_seed,
+        "labels": args.labels,
+        "num_fid_samples": args.num_fid_samples,
+        "format": args.format,
+    }
+
+
+def run_name(args, description):
+    """Such as DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, and what is not the default."""
+    path = Path(args.ckpt or "pretrained")
+    run = [path.parent.parent.name] if path.parent.name == "adapters" else []
+    name = "-".join([description["model"].replace("/", "-"), *run, path.stem])
+    name += f"-size-{description['image_size']}-vae-{Path(description['vae']).name}-cfg-{args.cfg_scale}"
+    name += f"-steps-{args.num_sampling_steps}-seed-{args.global_seed}"
+    extra = [args.guidance] * (args.guidance != "superclass") + [args.sampler] * (args.sampler != "ddpm")
+    return "-".join([name, *extra])
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def fill(store, args, generate, batch_size, rank, world):
+    """Make those of this process's pictures that are not there; `generate(numbers)`: images (n, 3, H, W) in [-1, 1]."""
+    count, missing = len(store.labels), store.missing(rank, world)
+    done = len(range(rank, count, world)) - len(missing)
+    share = count / (done + len(missing))  # the bar of one process stands for all: they have about equal shares
+    bar = tqdm(total=count, initial=round(done * share), unit="image", disable=rank > 0)
+    with bar, Writer(store.write) as writer:
+        for i in range(0, len(missing), batch_size):
+            numbers = missing[i : i + batch_size]
+            images = generate(numbers)
+            for k, finite in zip(numbers, images.isfinite().flatten(1).all(1).tolist()):
+                if not finite:
+                    raise ValueError(
+                        f"Image {k} of seed {args.global_seed} (class {store.labels[k]}) is not finite, expected pixels: check "
+                        "the checkpoint, or sample with --no-tf32 and without --mixed-precision."
+                    )
+            for k, pixels in zip(numbers, to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()):
+                writer.put(k, pixels)
+            done += len(numbers)
+            bar.update(round(done * share) - bar.n)
+
+
+def sample(args):
+    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    device, rank, world = state.device, state.process_index, state.num_processes
+    check_gpu(device)
+    if world > args.num_fid_samples:
+        raise ValueError(
+            f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
+            "fewer."
+        )
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    with state.local_main_process_first():  # one process a node downloads
+        model, description, autoencoder = load_model(args, device)
+    half = HALF.get(compute_type(args.mixed_precision, device))
+    if half:
+        store_frozen(model, half)
+    guidance = guidance_of(args, model, description)
+
+    hierarchy, count = description["hierarchy"], args.num_fid_samples
+    if args.labels == "balanced":
+        labels = balanced(count, hierarchy.num_classes)
+    else:
+        labels = random_labels(count, hierarchy.num_classes, args.global_seed)
+    folder = Path(args.sample_dir, args.name or run_name(args, description))
+    store = Store(folder, labels, class_folders(hierarchy.classes), description["image_size"], args.format)
+
+    def generate(numbers):
+        keys = [(args.global_seed, k) for k in numbers]
+        options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half)
+        return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
+
+    with closing(store):
+        on_main(state, lambda: store.prepare(settings_of(args, description, autoencoder)))
+        fill(store, args, generate, 1 if device.type == "cpu" else args.per_proc_batch_size, rank, world)
+        state.wait_for_everyone()
+        on_main(state, store.finish)
+    if state.is_main_process:
+        print(f"{count:,} images in {' and '.join(map(str, store.places()))}")
+    state.destroy_process_group()
+
+
+def main():
+    args = parse_args()
+    check_settings(args)
+    sample(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,161 @@
+"""The pipeline of an exported folder: from class labels to images, guided by their superclasses.
+
+Shapes: N images, latents (N, C, h, w).
+"""
+
+import difflib
+import inspect
+import math
+from itertools import accumulate, repeat
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from guidance import Guidance, guided
+
+KINDS = ("superclass", "null", "chain", "none")
+
+
+class FineDiffusionPipeline(DiffusionPipeline):
+    """`transformer`: a FineDiffusionTransformer, whose config has the names; `vae`: None for a model of pixels."""
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+
+    def __init__(self, transformer: ModelMixin, vae: AutoencoderKL, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels,
+        guidance_scale=4.0,
+        num_inference_steps=250,
+        generator=None,
+        guidance="superclass",
+        parent_scale=1.0,
+        guidance_interval=(0, 999),
+        guidance_channels=3,
+        eta=0.0,
+        latents=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        """Images of `class_labels`: ids, names, or parts that fit one name; one or a list of N.
+
+        guidance        "superclass" (arXiv 2402.18331, eq. 1; of a plain DiT its null class), "none", or with a null row
+                        "null" (arXiv 2207.12598) and "chain": e_0 + parent_scale (e_p - e_0) + guidance_scale (e_c - e_p)
+        guidance_interval, guidance_channels    first and last timestep that are guided; 3 channels as in the official
+                        code, or "all"
+        generator       one `torch.Generator`, or a list of N, one for each image
+        eta             DDIM's, 0..1
+        latents         (N, C, h, w), the noise to begin from, standard normal
+        output_type     "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in 0..1, or "latent"
+
+        ValueError for what is none of these.
+        """
+        many = hasattr(class_labels, "__len__") and not isinstance(class_labels, str)
+        labels = [self.label_of(query) for query in (class_labels if many else [class_labels])]
+        device, config = self._execution_device, self.transformer.config
+        shape = (len(labels), config.in_channels, config.input_size, config.input_size)
+        guide = Guidance(guidance, guidance_scale, parent_scale, tuple(guidance_interval), guidance_channels)
+        check_guide(guide, self.transformer)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"Found {len(generator)} generators for {len(labels)} images, expected one or as many.")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
+
+        x = self.denoise(latents.to(device, torch.float32), labels, guide, num_inference_steps, generator, eta)
+        if self.vae is not None and output_type != "latent":
+            x = self.vae.decode(x.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        images = self.image_processor.postprocess(x, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def denoise(self, x, labels, guide, steps, generator=None, eta=0.0):
+        """Noise x (N, C, h, w) -> latents (N, C, h, w) of `labels`, by the scheduler."""
+        model, keys = self.transformer, None  # keys: of what is drawn for a guidance that is not among KINDS
+        predict = guided(model, torch.tensor(labels, device=x.device), guide, keys)
+        scheduler, model_timesteps = respaced(self.scheduler, steps)
+        learned = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {name: v for name, v in (("generator", generator), ("eta", eta)) if name in accepted}
+        x = x * scheduler.init_noise_sigma
+        for model_t, t in zip(self.progress_bar(model_timesteps), scheduler.timesteps):
+            # weights in half precision compute in it, but for what autocast keeps in float32
+            with torch.autocast(x.device.type, model.dtype, enabled=model.dtype != torch.float32):
+                out = predict(scheduler.scale_model_input(x, t), model_t.to(x.device).expand(len(x))).float()
+            out = out if learned else out[:, : x.shape[1]]  # the noise, without the variance
+            x = scheduler.step(out, t, x, **options).prev_sample
+        return x
+
+    def label_of(self, query):
+        """The label that an id, a name or a part of one name means; ValueError where there is none or several."""
+        names = self.transformer.config.id2label
+        if not isinstance(query, str):
+            if not 0 <= int(query) < len(names):
+                raise ValueError(f"Class {query} is out of range, expected 0..{len(names) - 1}.")
+            return int(query)
+        wanted = plain(query)
+        known = {label: plain(name) for label, name in names.items()}
+        for fits in (wanted.__eq__, lambda name: name.endswith(f" {wanted}"), lambda name: wanted in name):
+            found = [label for label, name in known.items() if fits(name)]
+            if len(found) == 1:
+                return int(found[0])
+            if found:
+                several = ", ".join(names[label] for label in found[:4])
+                raise ValueError(f"{query!r} fits {len(found)} classes ({several}): write more of the name.")
+        near = difflib.get_close_matches(wanted, known.values(), n=3, cutoff=0.3) or list(known.values())[:3]
+        raise ValueError(f"No class is called {query!r}: there are {', '.join(near)} and others in transformer.config.")
+
+
+def plain(name):
+    return " ".join(name.lower().replace("_", " ").split())
+
+
+def check_guide(guide, model):
+    """ValueError where a setting is out of its range, or the model lacks what it needs."""
+    if guide.kind not in KINDS:
+        raise ValueError(f"guidance is {guide.kind!r}, expected one of {', '.join(KINDS)}.")
+    if guide.kind in ("null", "chain") and not model.y_embedder.has_null:
+        raise ValueError(f"guidance is {guide.kind!r}, which needs a null row, and the model has none.")
+    for name, scale in (("guidance_scale", guide.scale), ("parent_scale", guide.parent_scale)):
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"{name} is {scale}, expected a finite number, 0 or more.")
+    if len(guide.interval) != 2 or not 0 <= guide.interval[0] <= guide.interval[1] <= 999:
+        raise ValueError(f"guidance_interval is {guide.interval}, expected two timesteps in 0..999 in their order.")
+    if guide.channels not in (3, "all"):
+        raise ValueError(f'guidance_channels is {guide.channels!r}, expected 3 or "all".')
+
+
+def respaced(scheduler, steps):
+    """(scheduler, its timesteps as the model knows them), the scheduler ready to step; ValueError for impossible steps.
+
+    DDPM and DDIM with "linspace" spacing become a process of just `steps` timesteps, whose alpha_bar are those of the
+    timesteps kept, as in DiT's code. On the whole process diffusers' DDIM goes back by 1000 // steps whatever its
+    timesteps are, and both take differences of float32 alpha_bar. Only DDPM uses the learned variance.
+    """
+    config = scheduler.config
+    total = config.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"num_inference_steps is {steps}, expected 1..{total}.")
+    if isinstance(scheduler, DDPMScheduler | DDIMScheduler) and config.timestep_spacing == "linspace":
+        stride = (total - 1) / max(steps - 1, 1)
+        # DiT adds the strides up: where a place ends in .5, the last bits of the sum choose the timestep
+        places = accumulate(repeat(stride, steps - 1), initial=0.0)
+        kept = torch.tensor([round(place) for place in places])
+        alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)[kept]
+        scheduler = type(scheduler).from_config(config, num_train_timesteps=steps)
+        scheduler.alphas_cumprod = alphas_cumprod
+        scheduler.set_timesteps(steps)
+        return scheduler, kept.flip(0)
+    if not isinstance(scheduler, DDPMScheduler):  # DPM-Solver would take 3 channels for the noise
+        scheduler = type(scheduler).from_config(config, variance_type=None)
+    scheduler.set_timesteps(steps)
+    return scheduler, scheduler.timesteps

@@ -1,0 +1,298 @@
+"""Write an adapter and its base as weights for other tools.
+
+    python -m tools.export --ckpt ADAPTER --format diffusers --out DIR [--push USER/NAME]
+    python -m tools.export --ckpt ADAPTER --format dit --superclass Birds --out dit.pt
+    python -m tools.export --ckpt ADAPTER --format finediffusion --out finediffusion.pt
+
+`diffusers`: a folder for `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`. `dit`: a plain DiT, without
+LayerNorm affine and with a superclass, or the model's own null row, as its null class. `finediffusion`: the official
+code's checkpoint.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+import torch
+
+import checkpoint
+from autoencoder import load_autoencoder
+from finetune import kind_of
+from runtime import run_command, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "tools/diffusers_pipeline"  # what a folder in diffusers' form gets beside its weights
+GAMMAS = {"gamma_qkv": "attn.qkv", "gamma_proj": "attn.proj", "gamma_attn": "attn.proj", "gamma_mlp": "mlp.fc2"}
+FORMATS = {"diffusers": (), "dit": (".pt", ".safetensors"), "finediffusion": (".pt",)}
+# the process that DiT was trained on, and the sampler that it has by default
+SCHEDULER = dict(
+    num_train_timesteps=1000,
+    beta_start=1e-4,
+    beta_end=0.02,
+    beta_schedule="linear",
+    variance_type="learned_range",
+    timestep_spacing="linspace",
+    clip_sample=False,
+)
+
+
+# ---- folding, float64 in the middle --------------------------------------------------------------
+
+
+def fold_gammas(tensors):
+    """DiffFit's factors as part of the linear layers whose output they scale: W' = diag(g) W, b' = g b."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if kind_of(name) == "gamma"]:
+        block, _, gamma = name.rpartition(".")
+        factor, layer = tensors.pop(name).double(), f"{block}.{GAMMAS[gamma]}"
+        for part, shape in (("weight", (-1, 1)), ("bias", (-1,))):
+            tensors[f"{layer}.{part}"] = (factor.view(shape) * tensors[f"{layer}.{part}"].double()).float()
+    return tensors
+
+
+def fold_norms(tensors):
+    """A DiT's tensors without LayerNorm affine (weight g, bias b), which goes into the modulation.
+
+    (g n + b) (1 + s) + h = n (1 + s') + h' with s' = g s + g - 1 and h' = h + b s + b, n the normed tokens. So with
+    s = W_s c + b_s and h = W_h c + b_h: W_s' = diag(g) W_s, b_s' = g b_s + g - 1, W_h' = W_h + diag(b) W_s,
+    b_h' = b_h + b b_s + b.
+    """
+    tensors = dict(tensors)
+    # norm -> where its shift is among the D-row chunks of the modulation; its scale is next
+    places = {"norm1": 0, "norm2": 3, "norm_final": 0}
+    for name in [name for name in tensors if kind_of(name) == "norm" and name.endswith(".weight")]:
+        part, norm, _ = name.rsplit(".", 2)
+        g, b = (tensors.pop(f"{part}.{norm}.{kind}").double() for kind in ("weight", "bias"))
+        layer, i = f"{part}.adaLN_modulation.1", places[norm]
+        weight, bias = (tensors[f"{layer}.{kind}"].double().split(len(g)) for kind in ("weight", "bias"))
+        weight, bias = list(weight), list(bias)
+        weight[i : i + 2] = weight[i] + b[:, None] * weight[i + 1], g[:, None] * weight[i + 1]
+        bias[i : i + 2] = bias[i] + b * bias[i + 1] + b, g * bias[i + 1] + g - 1
+        tensors |= {f"{layer}.weight": torch.cat(weight).float(), f"{layer}.bias": torch.cat(bias).float()}
+    return tensors
+
+
+# ---- the formats ---------------------------------------------------------------------------------
+
+
+def superclass_names(description):
+    """Names of the superclass rows of a model's table; a plain DiT's only one is the null class."""
+    return description["hierarchy"].superclasses if description["embedder"] == "tiered" else ("null",)
+
+
+def null_row(table, names, query=None):
+    """Row of the `TieredEmbedder` for the null class of a DiT: its own, or that of the superclass `query`, name or index."""
+    listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    if query is None and not table.has_null:
+        raise ValueError(
+            f"A DiT has a null class, and the model has {len(names)} superclasses in its place: choose one of them with "
+            f"--superclass ({listed})."
+        )
+    if query is None:
+        return table.embedding_table.num_embeddings - 1
+    if query in names:
+        return table.num_classes + names.index(query)
+    if query.isdecimal() and int(query) < len(names):
+        return table.num_classes + int(query)
+    raise ValueError(f"--superclass is {query}, expected a name or an index of {listed}: choose one of them.")
+
+
+def write_dit(path, tensors, rows):
+    """DiT's form: tensors by name, without LayerNorm affine. `rows`: those of the table that stay, the null class last."""
+    tensors = fold_norms(tensors)
+    tensors[checkpoint.TABLE] = tensors[checkpoint.TABLE][rows]
+    if path.suffix == ".safetensors":
+        checkpoint.write_tensors(path, tensors, {"format": "pt"})
+    else:
+        write_whole(path, lambda part: torch.save(tensors, part))
+
+
+def write_finediffusion(path, tensors, description):
+    """The official training's record, without a null row; `args` is a dict, so that `torch.load` runs no code."""
+    classes, superclasses = description["hierarchy"].num_classes, len(superclass_names(description))
+    tensors = tensors | {checkpoint.TABLE: tensors[checkpoint.TABLE][: classes + superclasses].clone()}
+    settings = {key: description[key] for key in ("model", "image_size")}
+    settings |= {"num_classes": classes, "num_super_classes": superclasses}
+    record = {"model": tensors, "ema": tensors, "opt": {}, "args": settings}
+    write_whole(path, lambda part: torch.save(record, part))
+
+
+def write_diffusers(folder, model, tensors, description, autoencoder, source):
+    """All of a diffusers folder. `source`: what the model card's example loads."""
+    hierarchy, table = description["hierarchy"], model.y_embedder
+    config = {
+        "input_size": model.input_size,
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "hidden_size": model.pos_embed.shape[-1],
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "null_row": table.null_row,
+        "id2label": dict(enumerate(hierarchy.classes)),
+        "label2superclass": dict(enumerate(table.parents.tolist())),
+        "id2superclass": dict(enumerate(superclass_names(description))),
+    }
+    parts = {
+        "transformer": ["transformer_finediffusion", "FineDiffusionTransformer"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "vae": ["diffusers", "AutoencoderKL"] if autoencoder.vae else [None, None],
+    }
+    write_config(folder / "model_index.json", ["pipeline_finediffusion", "FineDiffusionPipeline"], parts)
+    write_config(folder / "scheduler/scheduler_config.json", "DDPMScheduler", SCHEDULER)
+    write_config(folder / "transformer/config.json", "FineDiffusionTransformer", config)
+    checkpoint.write_tensors(folder / "transformer/diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    for name in ("pipeline_finediffusion.py", "transformer/transformer_finediffusion.py"):
+        (folder / name).write_text(bundle(SHIPPED / Path(name).name), encoding="utf-8")
+    if autoencoder.vae:
+        autoencoder.vae.register_to_config(scaling_factor=autoencoder.scale)
+        autoencoder.vae.save_pretrained(folder / "vae")
+    (folder / "README.md").write_text(card(description, source), encoding="utf-8")
+
+
+def write_config(path, class_name, config):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"_class_name": class_name, "_diffusers_version": version("diffusers"), **config}
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def card(description, source):
+    """The model card, README.md."""
+    hierarchy, names, base = description["hierarchy"], superclass_names(description), description["base"] or {}
+    tiered = description["embedder"] == "tiered"
+    file = Path(base.get("path", "")).name or "none, trained from random weights"
+    of_dit = file in checkpoint.DIT_FILES
+    terms = "The base weights are DiT's, under CC BY-NC 4.0: no commercial use."
+    return Template((SHIPPED / "card.md").read_text(encoding="utf-8")).substitute(
+        title=Path(source).name,
+        license="cc-by-nc-4.0" if of_dit else "other",
+        terms=terms if of_dit else "The licences of the base weights and of the training images apply.",
+        model=description["model"],
+        size=description["image_size"],
+        classes=f"{hierarchy.num_classes:,}",
+        superclasses=f"{len(names)} superclasses" if tiered else "no superclass",
+        guide="the superclass of the class" if tiered else "the null class",
+        method=description["method"],
+        steps=f"{description['step']:,}",
+        source=source,
+        example=json.dumps(hierarchy.classes[0], ensure_ascii=False),
+        base=file,
+        sha256=base.get("sha256", "none"),
+        hierarchy=hierarchy.name,
+        vae="none, the model works on pixels" if description["vae"] == "none" else "in `vae/`",
+    )
+
+
+def bundle(path):
+    """The module at `path` as one source: the project's own modules that it imports stand before it, those imports left out.
+
+    diffusers takes one file from a folder, not the files that it imports in turn.
+    """
+    sources = {}
+
+    def add(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").is_file():
+                assert not any(alias.asname for alias in node.names), f"{path} renames what it imports"
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+                if f"{node.module}.py" not in sources:
+                    add(ROOT / f"{node.module}.py")
+        sources[path.name] = "\n".join(lines).strip()
+
+    add(path)
+    head = f"Written by FineDiffusion's tools/export.py from {', '.join(sources)}.\n\n{(ROOT / 'LICENSE').read_text()}"
+    head = "\n".join(f"# {line}".strip() for line in head.splitlines())
+    return "\n\n\n".join([head, *(f"# ---- {name}\n\n{text}" for name, text in sources.items())]) + "\n"
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def push(folder, repo, private):
+    """Upload a folder to the Hugging Face Hub; ValueError where it cannot be reached or knows no token."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with tools/export.py")
+    except Exception as error:  # those of the HTTP library too, which has changed from release to release
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{folder} is written but could not be pushed to {repo} ({reason}): log in with `hf auth login` or set HF_TOKEN, "
+            f"then run `hf upload {repo} {folder}`."
+        ) from None
+
+
+def check_settings(args):
+    out, suffixes = Path(args.out), FORMATS[args.format]
+    for flag, formats in (("superclass", ("dit",)), ("vae", ("diffusers",)), ("push", ("diffusers",))):
+        if getattr(args, flag) is not None and args.format not in formats:
+            raise ValueError(f"--{flag} is for --format {formats[0]}, found {args.format}: drop the flag.")
+    if args.private and not args.push:
+        raise ValueError("--private makes what --push uploads private, found no --push: add it, or drop the flag.")
+    if suffixes and out.suffix not in suffixes:
+        raise ValueError(f"--out is {out}, expected a name that ends in {' or '.join(suffixes)}: change it.")
+    if out.exists():
+        raise ValueError(f"{out} exists and is not overwritten: remove it or choose another --out.")
+
+
+def checked_autoencoder(description):
+    autoencoder = load_autoencoder(description["vae"])
+    found = autoencoder.channels, autoencoder.latent_size(description["image_size"])
+    if found != (description["channels"], description["latent_size"]):
+        raise ValueError(
+            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
+            f"{found[0]} x {found[1]}^2: pass the --vae it was trained with."
+        )
+    return autoencoder
+
+
+def export(args):
+    check_settings(args)
+    out = Path(args.out)
+    model, description = checkpoint.load_adapted(args.ckpt, args.base)
+    tensors = fold_gammas(model.state_dict())
+    if args.format == "dit":
+        row = null_row(model.y_embedder, superclass_names(description), args.superclass)
+        write_dit(out, tensors, [*range(model.y_embedder.num_classes), row])
+    elif args.format == "finediffusion":
+        write_finediffusion(out, tensors, description)
+    else:
+        description["vae"] = args.vae or description["vae"]
+        autoencoder = checked_autoencoder(description)
+        part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            write_diffusers(part, model, tensors, description, autoencoder, args.push or out.name)
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        if args.push:
+            push(out, args.push, args.private)
+    print(f"{out}: {description['model']}, {description['hierarchy']!r}, in the form of {args.format}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--ckpt", required=True, help="adapter that train.py wrote")
+    add("--base", help="the adapter's base, where it is not where the adapter was trained")
+    add("--format", required=True, choices=list(FORMATS))
+    add("--out", required=True, help="folder (diffusers) or file to write; it must not exist")
+    add(
+        "--superclass",
+        help="dit: name or index of the superclass that becomes the null class (default: the model's null row)",
+    )
+    add("--vae", help="diffusers: ema, mse, a local folder, or none (default: the adapter's own)")
+    add("--push", metavar="USER/NAME", help="diffusers: upload the folder to the Hugging Face Hub")
+    add("--private", action="store_true", help="push to a private repository")
+    export(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_command(main)
