@@ -39,25 +39,45 @@ def sincos_2d(dim, grid_size):
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
 
-def modulate(x, shift, scale):
-    """x: (N, T, D); shift, scale: (N, D)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+class NormalisedAffine(torch.autograd.Function):
+    """x (N, T, D), scale, shift (N, 1, D) -> scale * (x - mean) / std + shift, over D; x alone is kept for the backward pass.
+
+    Autograd would keep the normalised x too, a seventh more memory. `checkpoint` would not either, but takes 4% of a
+    training step of a DiT-S/4 and 13% of a DiT-S/8 longer, on a CPU at batches of 4 and 2.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps):
+        normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, mean, rstd, scale)
+        ctx.eps = eps
+        return torch.addcmul(shift, normal, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd, scale = ctx.saved_tensors
+        width = x.shape[-1:]
+        normal, _, _ = torch.native_layer_norm(x, width, None, None, ctx.eps)
+        to_x = torch.ops.aten.native_layer_norm_backward
+        grad_x, _, _ = to_x(grad * scale, x, width, mean, rstd, None, None, [True, False, False])
+        return grad_x, (grad * normal).sum(1, keepdim=True), grad.sum(1, keepdim=True), None
 
 
 def norm_and_modulate(norm, x, shift, scale):
-    """`modulate(norm(x), ...)`; a training keeps x alone and normalises again in the backward pass: a seventh less memory."""
-    run = lambda x, shift, scale: modulate(norm(x), shift, scale)  # noqa: E731
+    """norm(x) * (1 + scale) + shift; x: (N, T, D); shift, scale: (N, 1, D)."""
     if not (torch.is_grad_enabled() and scale.requires_grad):
-        return run(x, shift, scale)
-    return checkpoint(run, x, shift, scale, use_reentrant=False, preserve_rng_state=False)
+        return torch.addcmul(shift, norm(x), 1 + scale)
+    # norm(x) = weight * normal + bias, folded into scale and shift
+    shift = torch.addcmul(shift + norm.bias, norm.bias, scale)
+    return NormalisedAffine.apply(x, norm.weight + norm.weight * scale, shift, norm.eps)
 
 
 def modulation(layer, c, parts):
-    """The condition (N, D) -> `parts` tensors (N, D), float32 also where `layer` computes in half precision.
+    """The condition (N, D) -> `parts` tensors (N, 1, D), float32 also where `layer` computes in half precision.
 
     They are added to 1 and to a float32 residual stream: half precision there costs more than it saves.
     """
-    return layer(c).float().chunk(parts, dim=1)
+    return layer(c).float().unsqueeze(1).chunk(parts, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -89,8 +109,8 @@ class DiTBlock(nn.Module):
     def forward(self, x, c):
         """x: (N, T, D) tokens; c: (N, D) condition -> (N, T, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(self.adaLN_modulation, c, 6)
-        x = x + gate_a.unsqueeze(1) * self.attn(norm_and_modulate(self.norm1, x, shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(norm_and_modulate(self.norm2, x, shift_m, scale_m))
+        x = x + gate_a * self.attn(norm_and_modulate(self.norm1, x, shift_a, scale_a))
+        return x + gate_m * self.mlp(norm_and_modulate(self.norm2, x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""What sample.py and sample_ddp.py are both asked for: their flags, the model these name, and its guidance."""
+"""What sample.py and sample_ddp.py are both asked for: their flags, the model these name (tools.export too), its guidance."""
 
 import math
 
@@ -17,8 +17,8 @@ PAPER = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_supe
 PLAIN = {"num_classes": 1000, "num_super_classes": 1}  # DiT's own checkpoint
 
 
-def add_options(add):
-    """The shared flags; `add`: a parser's `add_argument`."""
+def add_model_options(add):
+    """The flags that name a model; `add`: a parser's `add_argument`."""
     add(
         "--ckpt",
         help="adapter, FineDiffusion's or DiT's checkpoint (default: DiT's own, downloaded, with 1000 classes)",
@@ -30,6 +30,11 @@ def add_options(add):
     add("--num-super-classes", type=int, help="for checkpoints (default 11; 1 is a plain DiT's null class)")
     add("--hierarchy", help="inat2021, a .json file or an image folder (default: the adapter's, else by the counts)")
     add("--vae", help="ema, mse, a local folder, or none (default mse; an adapter knows its own)")
+
+
+def add_options(add):
+    """All shared flags; `add`: a parser's `add_argument`."""
+    add_model_options(add)
     add("--guidance", choices=GUIDANCES, default="superclass", help="what a class is pushed away from, see guidance.py")
     add("--cfg-scale", type=float, default=4.0)
     add("--cfg-scale-parent", type=float, help="chain: the scale between null class and superclass (default 1)")
@@ -117,6 +122,7 @@ def load_checkpoint(args, device):
         "null_row": False,
         "hierarchy": hierarchy,
         "base": None,
+        "step": 0,
         "file": path,
     }
     model = checkpoint.build(description)

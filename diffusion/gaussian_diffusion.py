@@ -33,10 +33,10 @@ class Coefficients(NamedTuple):
     posterior_mean_coef2: object
     posterior_variance: object
     posterior_log_variance_clipped: object
-    middle_log_variance: object  # improved DDPM eq. 15: a learned one is middle + v * reach,
-    reach_log_variance: object  # v in [-1, 1], from log beta~_t to log beta_t
-    fixed_log_variance: object
-    noise_scale: object  # 1, but 0 at t = 0
+    middle_log_variance: object  # log variance = middle + v * reach, v in [-1, 1]: improved DDPM eq. 15,
+    reach_log_variance: object  # from log beta~_t to log beta_t; 0 where the variance is fixed
+    middle_log_sigma: object  # the same for the noise that a step adds, -infinity at t = 0
+    reach_log_sigma: object
 
 
 class Transition(NamedTuple):
@@ -80,8 +80,11 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = np.sqrt(1.0 - betas) * (1.0 - prev) / (1.0 - ab)
 
         # Tables in float64: name -> (rows, num_timesteps); and on devices: + device, dtype.
-        large = np.log(np.append(first, betas[1:]))
-        small = self.posterior_log_variance_clipped
+        small, large = self.posterior_log_variance_clipped, np.log(np.append(first, betas[1:]))
+        if variance == "learned":
+            middle, reach = (np.log(betas) + small) / 2, (np.log(betas) - small) / 2
+        else:
+            middle, reach = small if variance == "fixed_small" else large, np.zeros_like(betas)
         schedule = Coefficients(
             sqrt_alphas_cumprod=np.sqrt(ab),
             sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - ab),
@@ -91,10 +94,10 @@ class GaussianDiffusion:
             posterior_mean_coef2=self.posterior_mean_coef2,
             posterior_variance=self.posterior_variance,
             posterior_log_variance_clipped=small,
-            middle_log_variance=(np.log(betas) + small) / 2,
-            reach_log_variance=(np.log(betas) - small) / 2,
-            fixed_log_variance=small if variance == "fixed_small" else large,
-            noise_scale=np.arange(len(betas)) > 0,
+            middle_log_variance=middle,
+            reach_log_variance=reach,
+            middle_log_sigma=np.append(-np.inf, middle[1:] / 2),
+            reach_log_sigma=reach / 2,
         )
         self._tables = {"schedule": np.stack(schedule)}
         self._tables_on = {}
@@ -104,10 +107,13 @@ class GaussianDiffusion:
         return t
 
     def _rows(self, table, t, x):
-        """The table's rows at t, each (N, 1, ..) against x, float32, or float64 where x is; numbers for one t."""
-        if isinstance(t, int):
-            return self._tables[table][:, t].tolist()
+        """The table's rows at t, each (N, 1, ..) against x, or () for one t; float32, or float64 where x is."""
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if isinstance(t, int):
+            key = table, "numbers", dtype
+            if key not in self._tables_on:
+                self._tables_on[key] = [row.unbind() for row in torch.tensor(self._tables[table].T, dtype=dtype)]
+            return self._tables_on[key][t]
         key = table, t.device, dtype
         if key not in self._tables_on:
             self._tables_on[key] = torch.tensor(self._tables[table], dtype=dtype, device=t.device)
@@ -138,9 +144,9 @@ class GaussianDiffusion:
     # ---- the model's share ------------------------------------------------------------------
 
     def _output(self, model, x, t, model_kwargs):
-        """The model's prediction (N, C, ...) and its variance channels, (N, C, ...) or None."""
+        """The model's prediction (N, C, ...) and its variance channels, as large; 0 where the variance is fixed."""
         t = self.model_timesteps(t)
-        t = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        t = torch.full(x.shape[:1], t, device=x.device) if isinstance(t, int) else t
         output = model(x, t, **(model_kwargs or {}))
         output = output.to(torch.promote_types(x.dtype, torch.float32))
         channels = x.shape[1] * (2 if self.variance == "learned" else 1)
@@ -149,21 +155,16 @@ class GaussianDiffusion:
                 f"Found a model output of shape {tuple(output.shape)} for x of {tuple(x.shape)}, "
                 f"expected {channels} channels: create model and diffusion with one learn_sigma."
             )
-        return output.split(x.shape[1], dim=1) if self.variance == "learned" else (output, None)
+        return output.chunk(2, dim=1) if self.variance == "learned" else (output, torch.zeros_like(output))
 
-    def _distribution(self, c, prediction, v, x, clip_denoised=False, denoised_fn=None):
-        """p(x_{t-1} | x_t) as (mean, log variance, x_0)."""
-        if v is None:
-            log_variance = c.fixed_log_variance + torch.zeros_like(x)
-        else:
-            log_variance = c.middle_log_variance + v * c.reach_log_variance
+    def _x_start(self, c, prediction, x, clip_denoised=False, denoised_fn=None):
+        """The x_0 that the prediction stands for."""
         if self.predict_xstart:
             x_start = prediction
         else:  # DDPM eq. 15
             x_start = c.sqrt_recip_alphas_cumprod * x - c.sqrt_recipm1_alphas_cumprod * prediction
         x_start = x_start if denoised_fn is None else denoised_fn(x_start)
-        x_start = x_start.clamp(-1, 1) if clip_denoised else x_start
-        return self._posterior_mean(c, x_start, x), log_variance, x_start
+        return x_start.clamp(-1, 1) if clip_denoised else x_start
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """p(x_{t-1} | x_t): a dict of "mean", "variance", "log_variance", "pred_xstart", as x.
@@ -171,9 +172,11 @@ class GaussianDiffusion:
         denoised_fn is applied to the predicted x_0 first, then clip_denoised limits it to [-1, 1].
         """
         prediction, v = self._output(model, x, t, model_kwargs)
-        mean, log_variance, x_start = self._distribution(self._at(t, x), prediction, v, x, clip_denoised, denoised_fn)
+        c = self._at(t, x)
+        x_start = self._x_start(c, prediction, x, clip_denoised, denoised_fn)
+        log_variance = c.middle_log_variance + v * c.reach_log_variance
         return {
-            "mean": mean,
+            "mean": self._posterior_mean(c, x_start, x),
             "variance": log_variance.exp(),
             "log_variance": log_variance,
             "pred_xstart": x_start,
@@ -196,7 +199,7 @@ class GaussianDiffusion:
         if self.loss == "kl":
             terms["vb"] = self._bound(x_start, x_t, t, prediction, v)
             terms["loss"] = terms["vb"] * self.num_timesteps
-        elif v is None:
+        elif self.variance != "learned":
             terms["loss"] = terms["mse"]
         else:
             weight = self.num_timesteps / 1000 if self.loss == "rescaled_hybrid" else 1.0
@@ -208,7 +211,8 @@ class GaussianDiffusion:
         """One term of DDPM eq. 5, in bits per dimension: L_{t-1}, at t = 0 the decoder's; (N,)."""
         c = self._at(t, x_t)
         true_mean = self._posterior_mean(c, x_start, x_t)
-        mean, log_variance, _ = self._distribution(c, prediction, v, x_t)
+        mean = self._posterior_mean(c, self._x_start(c, prediction, x_t), x_t)
+        log_variance = c.middle_log_variance + v * c.reach_log_variance
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, mean, log_variance)
         nll = -decoder_log_likelihood(x_start, mean, 0.5 * log_variance)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
@@ -231,9 +235,10 @@ class GaussianDiffusion:
         """
         prediction, v = self._output(model, x, t, model_kwargs)
         c = self._at(t, x)
-        mean, log_variance, x_start = self._distribution(c, prediction, v, x, clip_denoised, denoised_fn)
-        sigma = c.noise_scale * (0.5 * log_variance).exp()
-        return {"sample": mean + sigma * noise_fn(mean), "pred_xstart": x_start}
+        x_start = self._x_start(c, prediction, x, clip_denoised, denoised_fn)
+        mean = self._posterior_mean(c, x_start, x)
+        sigma = (c.middle_log_sigma + v * c.reach_log_sigma).exp()
+        return {"sample": torch.addcmul(mean, sigma, noise_fn(mean)), "pred_xstart": x_start}
 
     def ddim_sample(
         self,
@@ -249,9 +254,8 @@ class GaussianDiffusion:
         """DDIM's step, eq. 12, as `p_sample`; eta in [0, 1] scales the noise it adds, eq. 16."""
         if eta not in self._tables:
             self._tables[eta] = self._ddim_table(eta)
-        prediction, v = self._output(model, x, t, model_kwargs)
-        c = self._at(t, x)
-        _, _, x_start = self._distribution(c, prediction, v, x, clip_denoised, denoised_fn)
+        prediction, _ = self._output(model, x, t, model_kwargs)
+        x_start = self._x_start(self._at(t, x), prediction, x, clip_denoised, denoised_fn)
         step = Transition(*self._rows(eta, t, x))
         mean = step.x0_scale * x_start + step.x_scale * x
         return {"sample": mean + step.sigma * noise_fn(mean), "pred_xstart": x_start}

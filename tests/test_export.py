@@ -15,7 +15,7 @@ import torch
 from conftest import random_dit, tree
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
-from tiny import GOLDEN, PARENTS, ROOT, awake, golden, refusal
+from tiny import GOLDEN, PARENTS, ROOT, awake, golden, refusal, same
 from torch.nn import functional as F
 
 import checkpoint
@@ -484,9 +484,16 @@ def test_mistakes_write_nothing(flags, words, command, adapter, tmp_path, monkey
     assert tree(tmp_path) == before
 
 
-def test_what_is_no_adapter(command, base, tmp_path):
-    result = command(export.main, "--ckpt", base, "--format", "dit", "--out", tmp_path / "x.pt")
-    assert result.code == 2 and "is no adapter" in result.err and not any(tmp_path.iterdir())
+def test_a_checkpoint_without_a_description(command, official, images, tmp_path):
+    """One of the official form, named by sample.py's flags."""
+    flags = ["--model", "DiT-Ti/2", "--image-size", 8, "--vae", "none", "--hierarchy", images]
+    for form, name in (("finediffusion", "again.pt"), ("diffusers", "folder")):
+        result = command(export.main, "--ckpt", official, *flags, "--format", form, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+    before, after = (checkpoint.read(path)[0] for path in (official, tmp_path / "again.pt"))
+    assert same(before, after)
+    config = json.loads((tmp_path / "folder/transformer/config.json").read_text())
+    assert config["id2superclass"] == {"0": "cats", "1": "dogs"} and config["id2label"]["4"] == "pug_dog"
 
 
 def test_nothing_half_written(command, adapter, tmp_path, monkeypatch):

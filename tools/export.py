@@ -1,4 +1,4 @@
-"""Write an adapter and its base as weights for other tools.
+"""Write an adapter and its base, or a checkpoint, as weights for other tools.
 
     python -m tools.export --ckpt ADAPTER --format diffusers --out DIR [--push USER/NAME]
     python -m tools.export --ckpt ADAPTER --format dit --superclass Birds --out dit.pt
@@ -21,9 +21,9 @@ from string import Template
 import torch
 
 import checkpoint
-from autoencoder import load_autoencoder
 from finetune import kind_of
 from runtime import run_command, write_whole
+from sampling_options import add_model_options, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "tools/diffusers_pipeline"  # what a folder in diffusers' form gets beside its weights
@@ -231,9 +231,9 @@ def push(folder, repo, private):
 
 def check_settings(args):
     out, suffixes = Path(args.out), FORMATS[args.format]
-    for flag, formats in (("superclass", ("dit",)), ("vae", ("diffusers",)), ("push", ("diffusers",))):
-        if getattr(args, flag) is not None and args.format not in formats:
-            raise ValueError(f"--{flag} is for --format {formats[0]}, found {args.format}: drop the flag.")
+    for flag, form in (("superclass", "dit"), ("push", "diffusers")):
+        if getattr(args, flag) is not None and args.format != form:
+            raise ValueError(f"--{flag} is for --format {form}, found {args.format}: drop the flag.")
     if args.private and not args.push:
         raise ValueError("--private makes what --push uploads private, found no --push: add it, or drop the flag.")
     if suffixes and out.suffix not in suffixes:
@@ -242,21 +242,13 @@ def check_settings(args):
         raise ValueError(f"{out} exists and is not overwritten: remove it or choose another --out.")
 
 
-def checked_autoencoder(description):
-    autoencoder = load_autoencoder(description["vae"])
-    found = autoencoder.channels, autoencoder.latent_size(description["image_size"])
-    if found != (description["channels"], description["latent_size"]):
-        raise ValueError(
-            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
-            f"{found[0]} x {found[1]}^2: pass the --vae it was trained with."
-        )
-    return autoencoder
-
-
 def export(args):
     check_settings(args)
     out = Path(args.out)
-    model, description = checkpoint.load_adapted(args.ckpt, args.base)
+    if checkpoint.is_adapter(args.ckpt) and args.format != "diffusers":  # nothing is asked of the autoencoder
+        model, description = checkpoint.load_adapted(args.ckpt, args.base)
+    else:
+        model, description, autoencoder = load_model(args, "cpu")
     tensors = fold_gammas(model.state_dict())
     if args.format == "dit":
         row = null_row(model.y_embedder, superclass_names(description), args.superclass)
@@ -264,8 +256,6 @@ def export(args):
     elif args.format == "finediffusion":
         write_finediffusion(out, tensors, description)
     else:
-        description["vae"] = args.vae or description["vae"]
-        autoencoder = checked_autoencoder(description)
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
             write_diffusers(part, model, tensors, description, autoencoder, args.push or out.name)
@@ -280,15 +270,13 @@ def export(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", required=True, help="adapter that train.py wrote")
-    add("--base", help="the adapter's base, where it is not where the adapter was trained")
+    add_model_options(add)
     add("--format", required=True, choices=list(FORMATS))
     add("--out", required=True, help="folder (diffusers) or file to write; it must not exist")
     add(
         "--superclass",
         help="dit: name or index of the superclass that becomes the null class (default: the model's null row)",
     )
-    add("--vae", help="diffusers: ema, mse, a local folder, or none (default: the adapter's own)")
     add("--push", metavar="USER/NAME", help="diffusers: upload the folder to the Hugging Face Hub")
     add("--private", action="store_true", help="push to a private repository")
     export(parser.parse_args())
