@@ -206,7 +206,9 @@ def build_report(args, sets, hierarchy, present, sides, networks, size, settings
     counts = {name: (row["n_real"], row["n_fake"]) for name, row in {**rows, "overall": overall}.items()}
     low = [name for name, both in counts.items() if any(n is not None and n < FEW for n in both)]
     if low and networks.features:
-        notes.append(f"Below {FEW:,} images FID is mostly its own bias, read KID: so in {len(low)} rows ({few(low)}).")
+        notes.append(
+            f"Below {FEW:,} images a Frechet distance is mostly its own bias, read KID: so in {len(low)} rows ({few(low)})."
+        )
     return {
         "format": FORMAT,
         "comparable": not reasons,

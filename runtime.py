@@ -1,5 +1,6 @@
 """Plumbing that every script shares: a user's mistake as one sentence, files that appear whole, signals, the device."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -18,9 +19,9 @@ def run_command(main):
     except ValueError as error:
         text = str(error)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        text = f"{error.filename} cannot be used ({error.strerror}): check it or choose another path."
+        text = f"{error.filename or 'The disk'} cannot be used ({error.strerror}): check it or choose another path."
     print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(2)
 

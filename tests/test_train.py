@@ -295,6 +295,12 @@ def test_two_processes_are_one(run, images, base, tmp_path):
         assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
     assert_near(state_of(two), state_of(one))
     assert_same_losses(two, one, 1e-6)
+    # another number of processes goes on with the same images in the same order
+    more = [*flags, "--max-steps", 5]
+    one, two = run("one", *more), run("two", *more, "--results-dir", tmp_path)
+    assert "1 process\n" in (tmp_path / "two/log.txt").read_text() and len(metrics(tmp_path / "two")) == 5
+    assert_near(state_of(tmp_path / "two"), state_of(one))
+    assert_same_losses(tmp_path / "two", one, 1e-6)
 
 
 def test_cached_latents_give_the_losses_of_the_autoencoder(run, command, images64, tmp_path):

@@ -54,8 +54,8 @@ def network(classes):
         return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
 
     convolutions = [*stage(1, 32), *stage(32, 64), *stage(64, 128)]
-    features = nn.Sequential(*convolutions, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, FEATURES), nn.ReLU())
-    return features, nn.Linear(FEATURES, classes)
+    dense = [nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, FEATURES), nn.LayerNorm(FEATURES)]
+    return nn.Sequential(*convolutions, *dense), nn.Linear(FEATURES, classes)
 
 
 def train(images, labels, classes, seed=0):
