@@ -177,8 +177,8 @@ def download(url, path):
 def build(description, class_dropout_prob=0.1, counts_only=False):
     """The model of a description: its "model", "latent_size", "channels", "hierarchy", "embedder", "null_row" and "method".
 
-    "hierarchy" is a `Hierarchy`; "null_row" may be absent. ValueError where a tiered one's hierarchy does not know its parents, unless
-    `counts_only`: the model cannot train then.
+    "hierarchy" is a `Hierarchy`; "null_row" may be absent. ValueError where a tiered one's hierarchy does not know its
+    parents, unless `counts_only`: the model cannot train then.
     """
     hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
     mapped = tiered and (hierarchy.has_parents or not counts_only)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny import PARENTS, TinyDiT, golden, refusal, same
 
-import checkpoint
 from checkpoint import (
     TABLE,
     build,
