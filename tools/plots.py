@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from pictures import fitted
 from runtime import write_whole
@@ -125,7 +125,7 @@ def mosaic(rows, captions=(), row_titles=(), column_titles=()):
         y = top + i * (cell + below + GAP)
         if row_titles:
             text = wrapped(row_titles[i], bold, cell + below)
-            axes.text(left / 2, y + cell / 2, text, ha="center", va="center", rotation=90, weight="bold")
+            axes.text(left / 2, y + (cell + below) / 2, text, ha="center", va="center", rotation=90, weight="bold")
         for j, image in enumerate(row):
             x = left + j * (cell + GAP)
             if image is not None:
@@ -194,7 +194,8 @@ def embedding(points, groups, names, marks, text):
 
 def legend_below(figure, axes):
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), columnspacing=1.2)
+    columns = -(-len(labels) // -(-len(labels) // 3))  # at most 3, filled evenly
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=3)
 
 
 def stamped(figure, stamp):
@@ -226,6 +227,9 @@ def tradeoff(parameters, times, y_label, stamp=""):
         if name in times:
             panels[1].plot(*zip(*times[name]), linestyle=LINES[i % len(LINES)], **look(i))
     panels[0].set(xlabel="trained parameters", ylabel=y_label, xscale="log")
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    panels[0].margins(x=0.15)
     if times:
         panels[1].set(xlabel="training time, hours")
     legend_below(figure, panels[0])
