@@ -27,7 +27,7 @@ from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
 from folders import few
 from metrics import KID_SUBSETS
-from runtime import check_gpu, run_command
+from runtime import check_gpu, check_range, run_command
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -73,15 +73,7 @@ def parse_args():
 
 
 def check_settings(args):
-    for name, low, high in (
-        ("image_size", 1, 2**14),
-        ("seed", 0, 2**32 - 1),
-        ("batch_size", 1, 10**6),
-        ("num_workers", 0, 10**3),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}: change it.")
+    check_range(args, image_size=(1, 2**14), seed=(0, 2**32 - 1), batch_size=(1, 10**6), num_workers=(0, 10**3))
     saved = list(filter(None, (args.save_stats, args.save_adm)))
     for path in saved:
         if Path(path).suffix != ".npz":

@@ -26,6 +26,14 @@ def run_command(main):
     raise SystemExit(2)
 
 
+def check_range(args, **ranges):
+    """ValueError where a flag, by its name in `args`, is outside its (low, high); a flag that was not given is not."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}: change it.")
+
+
 def write_whole(path, write):
     """Call `write(temporary path)`, then move the file to `path`: it appears whole or not at all, and stays."""
     path = Path(path)

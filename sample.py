@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from guidance import TIMESTEPS
 from pictures import caption, class_folders, labelled_grid
-from runtime import check_gpu, run_command
+from runtime import check_gpu, check_range, run_command
 from sampling import sample_keyed, sample_latents_official, to_uint8
-from sampling_options import add_options, check_options, check_range, guidance_of, load_model
+from sampling_options import add_options, check_options, guidance_of, load_model
 
 DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
 

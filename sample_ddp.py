@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from finetune import store_frozen
 from pictures import class_folders
-from runtime import check_gpu, compute_type, on_main, run_command, sha256
+from runtime import check_gpu, check_range, compute_type, on_main, run_command, sha256
 from sample_store import FORMATS, Store, Writer
 from sampling import sample_keyed, to_uint8
-from sampling_options import add_options, check_options, check_range, guidance_of, load_model
+from sampling_options import add_options, check_options, guidance_of, load_model
 
 GOLDEN = (5**0.5 - 1) / 2
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -11,6 +11,7 @@ from finetune import kind_of
 from guidance import GUIDANCES, TIMESTEPS, Guidance, check_guidance
 from hierarchy import Hierarchy
 from models import DiT_models
+from runtime import check_range
 from sampling import SAMPLERS
 
 PAPER = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
@@ -50,15 +51,6 @@ def add_options(add):
     add("--weak", help="autoguidance: an earlier adapter of the same run")
     add("--sampler", choices=SAMPLERS, default="ddpm")
     add("--num-sampling-steps", type=int, default=250)
-
-
-def check_range(args, **ranges):
-    """ValueError where a flag, by its name in `args`, is outside its (low, high)."""
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}: change it."
-            )
 
 
 def check_options(args):
