@@ -150,7 +150,7 @@ class GaussianDiffusion:
         output = model(x, t, **(model_kwargs or {}))
         output = output.to(torch.promote_types(x.dtype, torch.float32))
         channels = x.shape[1] * (2 if self.variance == "learned" else 1)
-        if output.shape != (len(x), channels, *x.shape[2:]):
+        if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
                 f"Found a model output of shape {tuple(output.shape)} for x of {tuple(x.shape)}, "
                 f"expected {channels} channels: create model and diffusion with one learn_sigma."

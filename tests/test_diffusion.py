@@ -384,6 +384,35 @@ def test_half_precision_outputs_are_computed_in_float32():
             torch.testing.assert_close(got[key], expected[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("method", ["p_mean_variance", "p_sample", "ddim_sample"])
+def test_one_timestep_for_all(method, learned):
+    """A step back with t as a plain number, as the samplers take it, is that with a tensor; the model sees a tensor."""
+    diffusion, x, seen = create_diffusion("10", learn_sigma=learned), torch.randn(SHAPE), []
+
+    def model(x, t):
+        seen.append(t)
+        return torch.cat([x.sin(), x.tanh()], 1)[:, : 8 if learned else 4]
+
+    for t in (0, 4, 9):
+        results = []
+        for given in (t, torch.full((4,), t)):
+            torch.manual_seed(0)
+            results.append(getattr(diffusion, method)(model, x, given))
+        for key, value in results[0].items():
+            torch.testing.assert_close(value, results[1][key], rtol=1e-6, atol=1e-6)
+    assert all(one.equal(several) for one, several in zip(seen[::2], seen[1::2]))
+
+
+def test_the_last_step_adds_no_noise():
+    diffusion, x = create_diffusion("10"), torch.randn(SHAPE)
+    for t in (0, torch.zeros(4, dtype=torch.long)):
+        one, other = (diffusion.p_sample(constant(), x, t)["sample"] for _ in range(2))
+        assert one.equal(other) and one.isfinite().all()
+    one, other = (diffusion.p_sample(constant(), x, 1)["sample"] for _ in range(2))
+    assert not one.equal(other)
+
+
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_every_step_draws_from_the_global_stream(loop):
     """Also DDIM without noise and the last step, as the official code: later draws depend on it."""

@@ -8,7 +8,7 @@ from tiny import GOLDEN, awake, golden, tiny_dit
 from torch.testing import assert_close
 
 from guidance import Guidance, guided
-from models import DiT, DiT_models
+from models import NORM_EPS, DiT, DiT_models, NormAndModulate, norm_and_modulate
 from sampling import sample_latents_official
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
@@ -200,6 +200,30 @@ def test_three_channels_are_guided_or_all():
     assert (every[:, 3] - own[:, 3]).abs().max() > 1e-2
     near(few[:, 4:], own[:, 4:])
     near(every[:, 4:], own[:, 4:])
+
+
+def test_norm_and_modulate():
+    """Its backward pass is written out: against numerical derivatives, and against autograd's of the formula."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5), (5,), (5,), (2, 1, 5), (2, 1, 5)]  # x, weight, bias, shift, scale
+    x, weight, bias, shift, scale = values = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
+    ]
+    norm = torch.nn.LayerNorm(5, NORM_EPS).double()
+    norm.weight, norm.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+    plain = norm_and_modulate(norm, x, shift, scale)  # these tests make no gradients: the formula as it is sampled with
+    with torch.enable_grad():
+        trained = norm_and_modulate(norm, x, shift, scale)
+        assert "NormAndModulate" in trained.grad_fn.name()
+        assert torch.autograd.gradcheck(lambda *v: NormAndModulate.apply(*v, NORM_EPS), values)
+        formula = torch.nn.functional.layer_norm(x, (5,), weight, bias, NORM_EPS) * (1 + scale) + shift
+        parameters = [x, norm.weight, norm.bias, shift, scale]
+        for ours, autograd in zip(
+            torch.autograd.grad(trained.square().sum(), parameters), torch.autograd.grad(formula.square().sum(), values)
+        ):
+            assert_close(ours, autograd)
+    assert_close(trained, formula)
+    assert_close(plain, formula)
 
 
 def test_guided_forward_looks_at_the_first_half_alone():
