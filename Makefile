@@ -1,5 +1,6 @@
 # make test         the test suite
 # make quickstart   real images, fine-tuning, sampling and an evaluation, on a CPU in minutes
+# make torture      the rows of docs/reliability.md with their full counts, to benchmarks/reliability.md
 # make study        the quick start with every method, at several guidance scales, with three seeds each
 # All need nothing but Python 3.11 with pip: what they use is installed into .venv first.
 
@@ -14,10 +15,13 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae assets/vae
 
-.PHONY: test lint quickstart study clean
+.PHONY: test torture lint quickstart study clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
+
+torture: .venv/installed
+	$(PY) -m pytest -q -n 2 --dist loadfile -m reliability --torture --figures benchmarks/reliability.md
 
 lint: .venv/installed
 	.venv/bin/ruff check .

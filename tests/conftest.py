@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import reliability
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
@@ -20,6 +21,10 @@ import runtime
 from finetune import METHODS, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
+
+pytest_addoption, pytest_configure = reliability.pytest_addoption, reliability.pytest_configure
+pytest_runtest_setup, pytest_terminal_summary = reliability.pytest_runtest_setup, reliability.pytest_terminal_summary
+cases, figure = reliability.cases, reliability.figure
 
 torch.set_num_threads(1)  # the models are tiny: more threads wait for each other
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used: the suite runs on the CPU, on GPU nodes too

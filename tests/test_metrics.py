@@ -236,6 +236,7 @@ EDGE_CASES = {  # name: (function, the exact value)
 }
 
 
+@pytest.mark.reliability("R11", "edge cases of FID, KID and LPIPS: the closed form within 1e-6, or refused")
 @pytest.mark.parametrize("name", EDGE_CASES)
 def test_edge_cases(name):
     compute, expected = EDGE_CASES[name]

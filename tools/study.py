@@ -66,7 +66,7 @@ def train_all(args, out, hierarchy):
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "assets/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
     done = {
-        (method, seed): out / f"runs/{method.replace(', ', '-')}-{seed}" for method in METHODS for seed in args.seeds
+        (method, seed): out / f"runs/{method.replace(', ', '-').replace(' ', '-')}-{seed}" for method in METHODS for seed in args.seeds
     }
 
     def train(job):
