@@ -195,6 +195,11 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def compile_blocks(self, **options):
+        """torch.compile, with its `options`, of a block: all blocks share one graph."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def unpatchify(self, x):
         """(N, T, p * p * out_channels) -> (N, out_channels, H, W)."""
         n, tokens, _ = x.shape

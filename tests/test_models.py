@@ -226,6 +226,14 @@ def test_norm_and_modulate():
     assert_close(plain, formula)
 
 
+def test_all_blocks_share_one_graph():
+    graphs, model, (x, t), y = [], awake(tiny_dit(depth=4)), inputs(), torch.tensor([0, 3])
+    expected = model.eval()(x[:2], t[:2], y)
+    model.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert model(x[:2], t[:2], y).equal(expected) and len(graphs) == 1
+    torch.compiler.reset()
+
+
 def test_guided_forward_looks_at_the_first_half_alone():
     model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 3, 5, 6])
     out = model.forward_with_cfg(x, t.clamp(max=0), y, 4.0)

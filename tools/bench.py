@@ -188,7 +188,12 @@ def parse_args(argv):
     add("--half", choices=["no", "bf16", "fp16"], help="what ours computes in; default: bf16 on a GPU, no on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile our blocks; default: on a GPU")
     add("--seconds", type=float, default=10.0, help="for which a case is repeated, 5 rounds at least")
-    add("--minutes", type=float, default=60.0, help="after which no other case is begun")
+    add(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="after which no other case is begun; those of most interest are first",
+    )
     add(
         "--tiny",
         action="store_true",

@@ -47,8 +47,7 @@ def our_model(bench, model):
     if half:
         store_frozen(model, half)
     if bench.compiled:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     return model, half
 
 

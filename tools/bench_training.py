@@ -49,8 +49,7 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
     store_frozen(model, DTYPES[half])
     model.train()
     if bench.compiled if compiled is None else compiled:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     ema = EMA(parameters, 0.9999)
     wrapped, optimizer = accelerator.prepare(model, adamw(parameters, 1e-4, 1e-4))
     update = Update(accelerator, optimizer, parameters.values())
