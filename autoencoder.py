@@ -5,11 +5,15 @@ section 4.3.2).
 """
 
 import warnings
+from pathlib import Path
 
 import torch
 
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders that DiT was trained with
-PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PUBLISHED = {  # repository, and its commit: nothing else is downloaded, whatever a file names
+    "ema": ("stabilityai/sd-vae-ft-ema", "f04b2c4b98319346dad8c65879f680b1997b204a"),
+    "mse": ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"),
+}
 
 
 class Autoencoder:
@@ -59,13 +63,16 @@ def load_autoencoder(name, device="cpu", dtype=torch.float32):
         return Autoencoder()
     from diffusers import AutoencoderKL  # slow to import; pixels do not need it
 
-    source = PUBLISHED.get(name, name)
+    source, commit = PUBLISHED.get(name, (name, None))
     try:
+        if not commit and not Path(name).is_dir():
+            raise ValueError("there is no such folder")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the hub, when it cannot be reached: said below
-            config = AutoencoderKL.load_config(source)
+            config = AutoencoderKL.load_config(source, revision=commit)
             allows = name in PUBLISHED or not config.get("force_upcast", True)
-            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype if allows else torch.float32)
+            kind = dtype if allows else torch.float32
+            vae = AutoencoderKL.from_pretrained(source, revision=commit, torch_dtype=kind)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

@@ -61,11 +61,12 @@ def warnings_of(hierarchy: Hierarchy) -> list[str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB at 8 bits. Pillow clips 16-bit grey at 255, so it is scaled here: 65535 -> 255."""
+    """RGB at 8 bits, all of it decoded. Pillow clips 16-bit grey at 255, so it is scaled here: 65535 -> 255."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large one
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -197,6 +198,12 @@ class LatentData(Dataset):
                 f"({self.hierarchy!r}) than the one given ({hierarchy!r}): encode them again."
             )
         self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
+        most = self.hierarchy.num_classes - 1
+        if not 0 <= self.labels.min() <= self.labels.max() <= most:
+            raise ValueError(
+                f"{self.root / 'labels.npy'} has labels of {self.labels.min()} to {self.labels.max()}, expected 0 to {most} of "
+                f"{self.hierarchy.name}: encode the images again."
+            )
         self.shown = torch.arange(len(self.labels))
         for i, j in self.info["skipped"]:
             self.shown[i] = j

@@ -39,6 +39,7 @@ from folders import (
 )
 
 BUILT_IN = Path(__file__).resolve().parent / "hierarchies"
+MOST_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -216,7 +217,7 @@ def short(value, limit: int = 80) -> str:
 def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8 or of JSON
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
         raise ValueError(f"{path} is not JSON ({error}): pass a hierarchy as JSON.") from None
 
 
@@ -257,7 +258,7 @@ def expand_ranges(ranges: dict, name: str) -> list[str]:
     """{"superclass": [[first, last], ...], ...} with inclusive bounds -> a name per class."""
     try:
         runs = sorted((int(a), int(b), s) for s, pairs in ranges.items() for a, b in pairs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{name}: 'parents' is {short(ranges)}, expected [[first, last], ...] per superclass."
         ) from None
@@ -267,6 +268,10 @@ def expand_ranges(ranges: dict, name: str) -> list[str]:
             raise ValueError(
                 f"{name}: range [{first}, {last}] of {superclass!r} leaves a gap or an overlap; "
                 f"expected one that begins at {len(parents)}."
+            )
+        if last >= MOST_CLASSES:
+            raise ValueError(
+                f"{name}: range [{first}, {last}] of {superclass!r} is too long; at most {MOST_CLASSES} classes."
             )
         parents += [superclass] * (last - first + 1)
     return parents

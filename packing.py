@@ -9,8 +9,10 @@ import bz2
 import json
 from itertools import takewhile
 
-LARGEST = 1 << 26  # bytes of a text when unpacked: a file cannot ask for more memory than this
+LARGEST = 1 << 23  # bytes of a text when unpacked, and of all names: a file cannot ask for much more memory than this
+MOST_NAMES, TEXTS = 1 << 20, 3
 MOST_SHARED = 9  # a count is one digit
+NAMES = "utf-8", "surrogatepass"  # a name of a folder may be no UTF-8: Python has surrogates for such bytes
 
 
 def pack(record):
@@ -28,7 +30,7 @@ def pack(record):
         endings.append(last[::-1])
         before = words
     rest = {key: value for key, value in record.items() if key != "classes"} | {"numbered": numbered}
-    return compressed(rest) + b"".join(bz2.compress("\n".join(text).encode()) for text in (starts, endings))
+    return compressed(rest) + b"".join(bz2.compress("\n".join(text).encode(*NAMES)) for text in (starts, endings))
 
 
 def compressed(record):
@@ -43,20 +45,28 @@ def unpack(packed):
         if len(texts) == 1:
             return record
         numbered, starts, endings = record.pop("numbered"), texts[1].split("\n"), texts[2].split("\n")
-        names, before = [], []
+        names, before, size = [], [], 0
+        if len(starts) > MOST_NAMES:
+            raise ValueError(f"{len(starts)} names")
         for i, (start, ending) in enumerate(zip(starts, endings, strict=True)):
             before = before[: int(start[0])] + start[1:].split("_")[:-1]
             names.append("_".join([f"{i:05d}"] * numbered + before + [ending[::-1]]))
+            size += len(names[-1])
+            if size > LARGEST:
+                raise ValueError(f"names of more than {LARGEST} bytes")
         return record | {"classes": names}
-    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The packed hierarchy is damaged ({error}), expected what train.py writes.") from None
 
 
 def unpacked_texts(packed):
-    while packed:
+    for _ in range(TEXTS):
         stream = bz2.BZ2Decompressor()
         text = stream.decompress(packed, LARGEST)
         if not stream.eof:
             raise ValueError(f"a text is cut or longer than {LARGEST} bytes")
-        yield text.decode()
+        yield text.decode(*NAMES)
         packed = stream.unused_data
+        if not packed:
+            return
+    raise ValueError(f"more than {TEXTS} texts")

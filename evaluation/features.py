@@ -5,7 +5,6 @@ Each is called with uint8 images (n, 3, H, W) on its device and returns a dict o
 """
 
 import io
-import pickle
 import re
 import sys
 import warnings
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from pickles import GET, check_file, read_tensors
 from runtime import sha256
 
 RESIZES = {
@@ -96,34 +96,30 @@ def find_weights(what, given):
 
 def read_weights(path):
     """{name: tensor} of a safetensors file or of what `torch.save` wrote; no code in it is run."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}, expected weights: check the path.")
+    check_file(path)
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as weights ({reason}): download it again, or name another file."
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
-    if not isinstance(tensors, dict) or not tensors or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{path} holds {type(tensors).__name__}, expected tensors by name: name another file.")
+        ours = Path(path).suffix == ".safetensors"
+        tensors = load_file(path) if ours else read_tensors(path, ("state_dict", "model"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
         raise ValueError(
             f"{path} has numbers in {bad[0]} that are not finite, expected finite weights: download it again."
         )
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def load(module, tensors, path, what):
     """Put `tensors` into the module, all and no others."""
+    own = module.state_dict()
+    kinds = [
+        name for name, t in tensors.items() if name in own and own[name].is_floating_point() > t.is_floating_point()
+    ]
+    if kinds:
+        raise ValueError(
+            f"{path} has {kinds[0]} of {tensors[kinds[0]].dtype}, expected floating-point weights: name another file."
+        )
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

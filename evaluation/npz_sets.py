@@ -21,6 +21,8 @@ from runtime import write_whole
 
 STATISTICS_FORMAT = "finediffusion-statistics-1"
 MOST_BYTES = 2**32  # that are read into memory
+# a compressed array may have so many bytes, or so many times those it takes in the file: pictures never shrink so much
+MOST_INFLATED, MOST_RATIO = 2**26, 50
 
 
 # ---- .npz files ----------------------------------------------------------------------------------
@@ -42,8 +44,13 @@ def npz_members(path):
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             return {info.filename.removesuffix(".npy"): member(archive, info, file) for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no .npz file ({error}): write or download it again.") from None
+    except Exception as error:  # a damaged zip or header raises anything
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return ValueError(f"{path} is damaged or no .npz file ({reason}): write or download it again.")
 
 
 def member(archive, info, file):
@@ -52,6 +59,10 @@ def member(archive, info, file):
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
         header = stream.tell()
+    if info.file_size > max(MOST_INFLATED, MOST_RATIO * info.compress_size):
+        raise ValueError(f"{info.filename} grows from {info.compress_size:,} to {info.file_size:,} bytes")
+    if info.file_size != header + math.prod(shape) * dtype.itemsize and not dtype.hasobject:
+        raise ValueError(f"{info.filename} is not as long as its shape {shape} says")
     if info.compress_type != zipfile.ZIP_STORED:
         return Member(shape, dtype, fortran, None)
     file.seek(
@@ -73,8 +84,11 @@ def read_array(path, members, name, kinds="fiu"):
             f"{path} has {name!r} compressed or too large to read ({found.shape}), expected less than 4 GiB: save it with "
             "numpy.savez, which does not compress."
         )
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except Exception as error:  # of damaged numbers: their checksum is looked at here
+        raise damaged(path, error) from None
 
 
 class Arrays:
@@ -153,19 +167,38 @@ class Statistics:
     def __init__(self, path, members, trusted=False):
         self.path, self.labels, self.record = path, None, {}
         if "record" in members:
-            self.record = json.loads(str(read_array(path, members, "record", "U")))
+            self.record = self.read_record(str(read_array(path, members, "record", "U")))
         if self.record.get("format") != STATISTICS_FORMAT and not trusted:
             raise ValueError(
                 f"{path} does not say by which network and resize it was made, expected statistics of --save-stats: make "
                 "them again, or pass --trust-stats."
             )
-        n = int(read_array(path, members, "n")) if "n" in members else None
-        self.gaussians = {None: self.gaussian(n, read_array(path, members, "mu"), read_array(path, members, "sigma"))}
+        n = read_array(path, members, "n").reshape(-1)[:1].tolist() if "n" in members else []
+        mu, sigma = (read_array(path, members, name) for name in ("mu", "sigma"))
+        self.gaussians = {None: self.gaussian(int(n[0]) if n else None, mu, sigma)}
         self.labelled = bool(self.record.get("hierarchy"))
         if self.labelled:
             parts = [read_array(path, members, f"superclass_{name}") for name in ("n", "mu", "sigma")]
-            for name, count, mu, sigma in zip(self.record["hierarchy"]["superclasses"], *parts):
+            names = self.own_hierarchy().superclasses
+            if [each.ndim for each in parts] != [1, 2, 3] or {len(each) for each in parts} != {len(names)}:
+                raise ValueError(
+                    f"{path} has statistics of the shapes {[each.shape for each in parts]}, expected {len(names)} superclasses: "
+                    "make them again."
+                )
+            for name, count, mu, sigma in zip(names, *parts):
                 self.gaussians[name] = self.gaussian(int(count), mu, sigma)
+
+    def read_record(self, text):
+        try:
+            record = json.loads(text)
+            if isinstance(record, dict) and all(
+                isinstance(record.get(key, {}), dict | None) for key in ("network", "hierarchy")
+            ):
+                return record
+            reason = f"the record {text:.80}"
+        except (ValueError, RecursionError) as error:
+            reason = error
+        raise damaged(self.path, reason)
 
     def gaussian(self, n, mu, sigma):
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):

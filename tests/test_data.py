@@ -1,6 +1,5 @@
 import io
 import pickle
-import random
 import struct
 import zlib
 from pathlib import Path
@@ -451,56 +450,6 @@ def test_ranks_share_the_verification(tmp_path):
             ValueError, match=r"moments.npy is not as it was written in images 3 to 3 .*encode the images"
         ):
             data.verify(rank, world)
-
-
-def flip(content, random):
-    at = random.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]
-
-
-def cut(content, random):
-    return content[: random.randrange(len(content))]
-
-
-def grow(content, random):
-    return content + random.randbytes(random.randrange(1, 9))
-
-
-def swap(content, random):
-    """Two stretches of a file exchanged."""
-    length = random.randrange(1, len(content) // 3)
-    a, b = random.randrange(len(content) // 3), random.randrange(len(content) // 2, len(content) - length)
-    return (
-        content[:a]
-        + content[b : b + length]
-        + content[a + length : b]
-        + content[a : a + length]
-        + content[b + length :]
-    )
-
-
-@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "images.txt", "latents.json"])
-@pytest.mark.parametrize("mutate", [flip, cut, grow, swap])
-def test_a_changed_file_is_noticed(name, mutate, tmp_path):
-    write_latents(tmp_path)
-    whole, chance = (tmp_path / name).read_bytes(), random.Random(0)
-    LatentData(tmp_path).verify()
-    for _ in range(4):
-        content = mutate(whole, chance)
-        assert content != whole
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"/{name} is (not as it was written|of format)"):
-            LatentData(tmp_path).verify()
-
-
-@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "images.txt", "latents.json"])
-def test_a_file_of_other_latents_is_noticed(name, tmp_path):
-    write_latents(tmp_path / "a")
-    write_latents(tmp_path / "b", seed=1)
-    latents.write_rest(tmp_path / "b", {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
-    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
-    with pytest.raises(ValueError, match="is not as it was written"):
-        LatentData(tmp_path / "a").verify()
 
 
 # ---- the order of a training ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ FLOORS = [
     {"tiered_embedder", "hierarchy", "latents", "diffusion"},
     {"diffusion.respace"},
     {"diffusion.gaussian_diffusion"},
-    {"diffusion.likelihood", "diffusion.schedule", "folders", "packing", "runtime"},
+    {"diffusion.likelihood", "diffusion.schedule", "folders", "packing", "pickles", "runtime"},
 ]
 MOST_LINES = 400
 
