@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import check_gpu, compute_type, run_command, write_whole
+from runtime import Parser, check_gpu, compute_type, run_command, write_whole
 from tools import bench_official, bench_sampling, bench_training
 from tools.bench_harness import Bench
 
@@ -174,7 +174,7 @@ def chosen(names, device, official, tiny):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--reference", metavar="DIR", help="checkout of the official FineDiffusion")
     add(

@@ -8,7 +8,6 @@ new order through a DataLoader without workers. Passes alternate, and the ratio 
 files in the page cache after a first pass; and cold, their pages dropped before each pass.
 """
 
-import argparse
 import os
 import platform
 import statistics
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import latents
 from data import LatentData, StepBatches, collate
 from hierarchy import Hierarchy
-from runtime import run_command, write_whole
+from runtime import Parser, run_command, write_whole
 
 GOAL = 1 / 50
 CLASSES = 10
@@ -116,7 +115,7 @@ def table(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--samples", type=int, default=4000)
     add("--batch-size", type=int, default=64)

@@ -6,7 +6,6 @@ Weights, latents and labels are random, so nothing is downloaded; every precisio
 same batches, timesteps and noise. Also images/s and peak memory of each. A GPU takes minutes for DiT-XL/2 and 200 steps.
 """
 
-import argparse
 import gc
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from models import DiT_models
-from runtime import check_gpu, run_command, write_whole
+from runtime import Parser, check_gpu, run_command, write_whole
 from steps import Update, backward, drawn
 from training_options import DTYPES
 from watching import memory_gb
@@ -97,7 +96,7 @@ def report(args, results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", choices=list(DiT_models), default="DiT-XL/2")
     add("--method", choices=list(METHODS), default="finediffusion")

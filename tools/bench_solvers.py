@@ -5,8 +5,6 @@
 Markdown on stdout; 5 minutes on one core.
 """
 
-import argparse
-
 import diffusers
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from checkpoint import load_adapted
 from diffusion import create_diffusion, space_timesteps
 from guidance import Guidance, guided
-from runtime import run_command
+from runtime import Parser, run_command
 from sampling import draw, noise_stream, solve, solver_timesteps, walk
 
 SOLVERS = ("ddim", "dpm++", "unipc")
@@ -91,7 +89,7 @@ def measure(path, images, scale, bar):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", default="assets/base.safetensors")
     parser.add_argument("--images", type=int, default=8)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import ImageData, to_rgb
 from folders import few
 from hierarchy import Hierarchy
-from runtime import run_command, sha256, write_whole
+from runtime import Parser, run_command, sha256, write_whole
 
 UNREADABLE = {  # finding: what a training makes of such an image
     "unreadable": "no image, or damaged: the next of its class is shown",
@@ -137,7 +137,7 @@ def say(data, classes, superclasses, findings):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0], epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -28,7 +28,7 @@ from autoencoder import load_autoencoder
 from data import ImageData
 from folders import few
 from hierarchy import Hierarchy
-from runtime import check_gpu, run_command
+from runtime import Parser, check_gpu, named, run_command
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -104,7 +104,8 @@ def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
-    with bar, open(out / "moments.npy", "r+b") as file:  # plain writes: several nodes may share the file
+    path = out / "moments.npy"
+    with bar, named(path), open(path, "r+b") as file:  # plain writes: several nodes may share the file
         header = file.read(latents.NPY_HEADER)
         for rows, (x, _, shown) in zip(batches, loader):
             k = rows[0] // info["chunk"]
@@ -144,7 +145,7 @@ def report(out, data, hierarchy):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data-path", required=True, help="folder of images, see data.py")
     add("--hierarchy", help="inat2021, vegfru, a .json file or a folder (default: the data's own)")

@@ -9,7 +9,6 @@ LayerNorm affine and with a superclass, or the model's own null row, as its null
 code's checkpoint.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -22,7 +21,7 @@ import torch
 
 import checkpoint
 from finetune import kind_of
-from runtime import run_command, write_whole
+from runtime import Parser, run_command, write_whole
 from sampling_options import add_model_options, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,7 +267,7 @@ def export(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add_model_options(add)
     add("--format", required=True, choices=list(FORMATS))

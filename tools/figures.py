@@ -11,7 +11,6 @@
 Each writes OUT.png and OUT.pdf; `tsne` its numbers as OUT.json besides, `tables` OUT.md alone. See docs/figures.md.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,7 @@ import checkpoint
 from evaluation.image_sets import Folder
 from hierarchy import Hierarchy
 from pictures import caption
-from runtime import run_command, write_whole
+from runtime import Parser, run_command, write_whole
 from sampling_options import add_options, check_options, check_range
 from tools import class_rows, gallery, plots, scores
 
@@ -206,7 +205,7 @@ def tables(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     kinds = parser.add_subparsers(dest="figure", required=True)
 
     def kind(draw):

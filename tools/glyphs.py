@@ -8,10 +8,8 @@ trained on; `--faces held-out` draws them. `--set base` is what the base model k
 fine-tunes to: no block is in both, and no glyph of one looks like a glyph of the other.
 """
 
-import argparse
 import json
 import random
-import sys
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,8 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
+
+from runtime import Parser, run_command
 
 CLASSES_FILE = Path(__file__).parent.parent / "assets/glyphs.json"
 SIZE = 64  # pixels
@@ -171,7 +171,7 @@ def write(out, which, held_out, per_class, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--set", choices=list(BLOCKS), default="new", dest="which")
     parser.add_argument("--faces", choices=["train", "held-out"], default="train")
@@ -183,11 +183,10 @@ def main():
         Path(args.out).write_text(json.dumps(choose()) + "\n")
         return
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
-        print(f"{args.out} is not empty, expected a new folder: remove it or name another.", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError(f"{args.out} is not empty, expected a new folder: remove it or name another.")
     count = write(args.out, args.which, args.faces == "held-out", args.per_class, args.seed)
     print(f"{count} classes x {args.per_class} images in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,7 +8,6 @@ classifier and its features as TorchScript, for `evaluate.py --classifier` and `
 `--train` are the hierarchy.
 """
 
-import argparse
 import json
 import warnings
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from data import list_images
 from hierarchy import Hierarchy
 from pictures import labelled_grid
-from runtime import run_command, write_whole
+from runtime import Parser, run_command, write_whole
 
 STEPS, BATCH, SHIFT = 350, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of SIDE pixels
 SIDE, FEATURES = 32, 64
@@ -122,7 +121,7 @@ def grid(real, generated, hierarchy):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", required=True, help="real glyphs to learn to read, superclass/class/*.png")
     parser.add_argument("--real", required=True, help="real glyphs of other faces")
     parser.add_argument("--generated", nargs="+", required=True, metavar="TITLE=FOLDER")

@@ -7,9 +7,9 @@ a null row by it. Two controls: FineDiffusion's parameters with a null row in pl
 dealt out at random. What is done is not done again: the same command goes on. Writes study.json and study.md.
 """
 
-import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -26,7 +26,7 @@ from checkpoint import load_adapted
 from guidance import Guidance
 from hierarchy import Hierarchy
 from metrics import frechet_distance, of_features
-from runtime import run_command, write_whole
+from runtime import Parser, run_command, write_whole
 from sampling import sample_keyed, to_uint8
 from tools import read_glyphs
 
@@ -66,7 +66,7 @@ def train_all(args, out, hierarchy):
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "assets/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
     done = {
-        (method, seed): out / f"runs/{method.replace(', ', '-').replace(' ', '-')}-{seed}" for method in METHODS for seed in args.seeds
+        (method, seed): out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}" for method in METHODS for seed in args.seeds
     }
 
     def train(job):
@@ -130,7 +130,7 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with the glyphs train/ and held-out/")
     add("--out", type=Path, required=True)

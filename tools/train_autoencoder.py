@@ -6,7 +6,6 @@ Half of the loss is absolute error, half is squared error, plus KL_WEIGHT times 
 number). The scale that brings the latents to unit variance goes into config.json, the weights are stored in fp16.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from runtime import run_command
+from runtime import Parser, run_command
 
 KL_WEIGHT = 1e-3
 CONFIG = dict(
@@ -45,7 +44,7 @@ def batch_of(images, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-path", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-steps", type=int, default=2000)
