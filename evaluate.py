@@ -7,7 +7,6 @@ REAL and FAKE are folders of images, .npz files of images and labels, or saved s
 computed and why.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
 from folders import few
 from metrics import KID_SUBSETS
-from runtime import check_gpu, check_range, run_command
+from runtime import Parser, check_gpu, check_range, keep_group, run_command
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -35,7 +34,7 @@ INCEPTION, TRUNK = "inception", "lpips-trunk"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("real", metavar="REAL", help="folder of images, .npz of images, or .npz of statistics")
     add("fake", metavar="FAKE", nargs="?", help="the same; may be left out with --save-stats or --save-adm")
@@ -46,7 +45,7 @@ def parse_args():
         "pytorch-fid or clean-fid")  # fmt: skip
     add("--lpips-trunk", help="file of torchvision's AlexNet (default: in TORCH_HOME, or downloaded), or none")
     add("--features", nargs="+", default=[], metavar="MODEL[@SIZE]=FILE", help="distances on the features of a timm model "
-        "with its weights, or of a TorchScript FILE that takes uint8 images")  # fmt: skip
+        "with its weights, or of a TorchScript FILE that takes uint8 images: a program, so name one that you trust")  # fmt: skip
     add(
         "--classifier",
         metavar="MODEL[@SIZE]=FILE",
@@ -130,7 +129,14 @@ def check_networks(networks, sets, sizes, size, hierarchy):
                 raise ValueError(
                     f"{each.path} holds statistics, expected the network they are of: name it, or the images."
                 )
-            each.check(networks.features[0].record, size)
+            first = networks.features[0]
+            each.check(first.record, size)
+            found = len(each.gaussians[None].mean)
+            if sizes and found != sizes[first]["features"]:
+                raise ValueError(
+                    f"{each.path} has statistics of {found} numbers an image, expected the {sizes[first]['features']} of "
+                    f"{first.name}: name the network they were made with."
+                )
     if networks.classifier and hierarchy is None:
         raise ValueError(
             "--classifier was named, but the images have no classes, expected class folders: drop the flag."
@@ -272,6 +278,7 @@ def evaluate(args):
     sizes = networks.sizes(size, device) if any(images) else {}
     check_networks(networks, sets, sizes, size, hierarchy)
     sides = [measured_side(args, *each, networks, sizes, hierarchy, sets, device) for each in zip(sets, images)]
+    keep_group()
     state.destroy_process_group()
     if not state.is_main_process:
         return

@@ -297,13 +297,17 @@ def vegfru_prefixes(root: Path, known: list[str]) -> dict[str, str]:
 
 def read_vegfru_list(path: Path) -> list[tuple[Path, int]]:
     """(`veg200_images/class/file`, label) of every line; the label base differs by release."""
-    lines = [line.rsplit(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    try:
-        return [(Path(*Path(image).parts[-3:]), int(label)) for image, label in lines]
-    except ValueError:
-        raise ValueError(
-            f"{path} is not a list of VegFru; expected lines such as 'veg200_images/carrot/v_13_01_0001.jpg 12'."
-        ) from None
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        words = line.rsplit(maxsplit=1)
+        if words and not (len(words) == 2 and words[1].isdecimal()):
+            raise ValueError(
+                f"{path} is not a list of VegFru (line {number}: {line[:80]!r}); expected lines such as "
+                "'veg200_images/carrot/v_13_01_0001.jpg 12'."
+            )
+        if words:
+            found.append((Path(*Path(words[0]).parts[-3:]), int(words[1])))
+    return found
 
 
 def check_vegfru_list(path: Path, prefix: dict[str, str], known: list[str]):

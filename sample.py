@@ -8,7 +8,6 @@ seed, class and position alone: batch size and other classes change it no more t
 (sample_ddp.py's pictures are the same bit for bit on a CPU, since it gives the network one at a time).
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,15 @@ from tqdm import tqdm
 
 from guidance import TIMESTEPS
 from pictures import caption, class_folders, labelled_grid
-from runtime import check_gpu, check_range, run_command
+from runtime import Parser, check_gpu, check_range, run_command
 from sampling import sample_keyed, sample_latents_official, to_uint8
-from sampling_options import add_options, check_options, guidance_of, load_model
+from sampling_options import add_options, check_images, check_options, guidance_of, load_model
 
 DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add_options(add)
     add("--classes", nargs="+", help='indices or names, such as 207 or "Vulpes vulpes", or all')
@@ -70,6 +69,8 @@ def sample(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
     model, description, autoencoder = load_model(args, device)
+    if args.compile:
+        model.compile_blocks()
     guidance = guidance_of(args, model, description)
     hierarchy = description["hierarchy"]
     labels = chosen(args, hierarchy)
@@ -89,7 +90,9 @@ def sample(args):
             else:
                 keys = [(args.seed, label, position) for label, position in batch]
                 latents = sample_keyed(model, y, keys, guidance, sampler=args.sampler, steps=args.num_sampling_steps)
-            images = to_uint8(autoencoder.decode(latents))
+            images = autoencoder.decode(latents)
+            check_images(images, [f"Image {position} of class {label} of seed {args.seed}" for label, position in batch])
+            images = to_uint8(images)
             for image, (label, position) in zip(images, batch):
                 path = folder / folders[label] / f"{position:06d}.png"
                 path.parent.mkdir(exist_ok=True)

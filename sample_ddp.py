@@ -27,17 +27,17 @@ from tqdm import tqdm
 
 from finetune import store_frozen
 from pictures import class_folders
-from runtime import check_gpu, check_range, compute_type, on_main, run_command, sha256
+from runtime import Parser, check_gpu, check_range, compute_type, keep_group, on_main, run_command, sha256
 from sample_store import FORMATS, Store, Writer
 from sampling import sample_keyed, to_uint8
-from sampling_options import add_options, check_options, guidance_of, load_model
+from sampling_options import add_options, check_images, check_options, guidance_of, load_model
 
 GOLDEN = (5**0.5 - 1) / 2
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add_options(add)
     add("--num-fid-samples", type=int, default=50_000, help="number of images")
@@ -118,6 +118,7 @@ def settings_of(args, description, autoencoder):
         "num_sampling_steps": args.num_sampling_steps,
         "mixed_precision": args.mixed_precision,
         "tf32": args.tf32,
+        "compile": args.compile,
         "global_seed": args.global_seed,
         "labels": args.labels,
         "num_fid_samples": args.num_fid_samples,
@@ -149,12 +150,7 @@ def fill(store, args, generate, batch_size, rank, world):
         for i in range(0, len(missing), batch_size):
             numbers = missing[i : i + batch_size]
             images = generate(numbers)
-            for k, finite in zip(numbers, images.isfinite().flatten(1).all(1).tolist()):
-                if not finite:
-                    raise ValueError(
-                        f"Image {k} of seed {args.global_seed} (class {store.labels[k]}) is not finite, expected pixels: check "
-                        "the checkpoint, or sample with --no-tf32 and without --mixed-precision."
-                    )
+            check_images(images, [f"Image {k} of seed {args.global_seed} (class {store.labels[k]})" for k in numbers])
             for k, pixels in zip(numbers, to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()):
                 writer.put(k, pixels)
             done += len(numbers)
@@ -179,6 +175,8 @@ def sample(args):
     half = HALF.get(compute_type(args.mixed_precision, device))
     if half:
         store_frozen(model, half)
+    if args.compile:
+        model.compile_blocks()
     guidance = guidance_of(args, model, description)
 
     hierarchy, count = description["hierarchy"], args.num_fid_samples
@@ -201,6 +199,7 @@ def sample(args):
         on_main(state, store.finish)
     if state.is_main_process:
         print(f"{count:,} images in {' and '.join(map(str, store.places()))}")
+    keep_group()
     state.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime import write_whole
+from runtime import named, write_whole
 
 FORMATS = ("png", "npz", "both")
 DIGEST = 8  # bytes
@@ -60,10 +60,8 @@ class Store:
         """
         self.check_settings(settings)
         self.check_room()
-        path = self.folder / "settings.json"
-        if not path.exists():
-            write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
-        self.lock = open(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -73,15 +71,19 @@ class Store:
             ) from None
         except OSError:  # a file system without locks
             pass
+        self.check_settings(settings)  # again: nobody but this process changes them now
+        path = self.folder / "settings.json"
+        if not path.exists():
+            write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
         leftovers = *self.folder.rglob(".*.part"), *self.folder.parent.glob(f".{self.npz.name}.*.part")
         for part in leftovers:  # of a kill
             part.unlink()
         if self.rows and self.npz.exists() and not self.whole_npz():
             print(f"{self.npz} is damaged and is made again.", file=sys.stderr)
             self.npz.unlink()
-        if self.rows and not self.npz.exists():
+        if self.in_rows():
             for name, count in (("rows", self.item), ("digests", DIGEST)):
-                with open(self.folder / name, "ab") as file:
+                with named(self.folder / name), open(self.folder / name, "ab") as file:
                     file.truncate(len(self.labels) * count)
 
     def check_settings(self, settings):
@@ -112,7 +114,7 @@ class Store:
     def check_room(self):
         """ValueError where what is still to be written does not fit on the disk: the npz is written beside its rows."""
         need = len(self.labels) * (PNG_SHARE * self.item + BLOCK) if self.png else 0
-        need += 2 * len(self.labels) * self.item if self.rows and not self.npz.exists() else 0
+        need += 2 * len(self.labels) * self.item if self.in_rows() else 0
         need -= sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -124,14 +126,19 @@ class Store:
 
     def close(self):
         """Let other launches in."""
-        if self.lock:
-            self.lock.close()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     # ---- meanwhile: by every process -------------------------------------------------------------
 
+    def in_rows(self):
+        """Whether the npz is still to be made: until then each picture has a row."""
+        return self.rows and not self.npz.exists()
+
     def missing(self, rank=0, world=1):
         """Numbers, of this process's every `world`-th, of the pictures that are not there; says which were damaged."""
-        in_rows = self.rows and not self.npz.exists()
+        in_rows = self.in_rows()
         digests = (self.folder / "digests").read_bytes() if in_rows else b""
         wanted = []
         for k in range(rank, len(self.labels), world):
@@ -171,21 +178,21 @@ class Store:
         """Put picture k, uint8 (H, W, 3), where it belongs; thread-safe."""
         if self.png:
             write_whole(self.path(k), lambda part: Image.fromarray(pixels).save(part, format="png"))
-        if self.rows:
+        if self.in_rows():
             self.put("rows", k, pixels.tobytes())
             self.put("digests", k, digest_of(pixels.tobytes()))  # last: it says that the row is there
 
     def put(self, name, k, data):
         path = self.folder / name
-        with open(path, "r+b", buffering=0) as file:
+        with named(path), open(path, "r+b", buffering=0) as file:
             if os.pwrite(file.fileno(), data, k * len(data)) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     # ---- after: by one process -------------------------------------------------------------------
 
     def finish(self):
         """Make the npz of its rows, one after the other, and count the PNGs."""
-        if self.rows and not self.npz.exists():
+        if self.in_rows():
             write_whole(self.npz, self.write_npz)
         for name in ("rows", "digests"):
             (self.folder / name).unlink(missing_ok=True)

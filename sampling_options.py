@@ -51,6 +51,7 @@ def add_options(add):
     add("--weak", help="autoguidance: an earlier adapter of the same run")
     add("--sampler", choices=SAMPLERS, default="ddpm")
     add("--num-sampling-steps", type=int, default=250)
+    add("--compile", action="store_true", help="torch.compile every block: for many steps, pictures alike but for float sums")
 
 
 def check_options(args):
@@ -73,6 +74,16 @@ def check_options(args):
             raise ValueError(f"--{flag} belongs to --guidance {kind}, found {args.guidance}: drop one of the two.")
     if args.guidance == "autoguidance" and args.weak is None:
         raise ValueError("--guidance is autoguidance, expected its weak model: pass an earlier adapter as --weak.")
+
+
+def check_images(images, names):
+    """ValueError where an image of (n, 3, H, W) is not finite; `names`: what to call each."""
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{names[bad[0]]} is not finite, expected pixels: check --ckpt and --cfg-scale and, where they are given, "
+            "--mixed-precision and --tf32."
+        )
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

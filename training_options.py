@@ -8,13 +8,14 @@ import torch
 
 from finetune import METHODS
 from models import DiT_models
+from runtime import Parser
 from watching import TRACKERS
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(description):
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="folder of images, see data.py")
     add("--latents", help="folder that tools.encode_latents wrote, instead of --data-path")

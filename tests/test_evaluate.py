@@ -1,98 +1,27 @@
-"""The program end to end: its figures recomputed from the images, every form of a set, and what it refuses."""
+"""The program end to end: its figures recomputed from the images, and every form of a set; see test_evaluate_input.py."""
 
-import io
 import itertools
 import json
-import os
-import re
 import shutil
-import socket
-import zipfile
 
 import numpy as np
+import painted
 import pytest
 import torch
-from conftest import CLASSES, tree
+from conftest import CLASSES
+from painted import NAMES, PLAIN, npz, paint, pixels, run
 from PIL import Image
+from processes import launch
 from pytorch_fid.fid_score import compute_statistics_of_path
-from torch.nn import functional as F
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import evaluate
-from data import center_crop
 from evaluation import features, measure
-from evaluation.image_sets import open_set
-from evaluation.npz_sets import save_statistics
-from metrics import Gaussian
 
-NAMES = [name for names in CLASSES.values() for name in names]
+world, statistics = painted.world, painted.statistics
 PARENT = dict(lynx=0, manx=0, beagle=1, pug=1, pug_dog=1)
-PLAIN = ("--num-workers", 0, "--inception", "none", "--lpips-trunk", "none")
-
-
-class Tiles(torch.nn.Module):
-    """uint8 images to 12 numbers."""
-
-    def __init__(self, numbers: int = 12):
-        super().__init__()
-        weight = torch.randn(48, numbers, generator=torch.Generator().manual_seed(0)) / 7
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x):
-        return torch.tanh(F.adaptive_avg_pool2d(x.float() / 255, [4, 4]).flatten(1) @ self.weight)
-
-
-class Undefined(torch.nn.Module):
-    """NaN for images that are white in the first corner."""
-
-    def forward(self, x):
-        rest = 255 - x.float().mean(1)[:, 0, :2]
-        return rest / rest
-
-
-def paint(root, size, each, seed, names=NAMES):
-    """`superclass/class/*.png`, of which the class sets the colours a little."""
-    noise = np.random.default_rng(seed)
-    for superclass, classes in CLASSES.items():
-        for name in classes:
-            if name in names:
-                folder = root / superclass / name
-                folder.mkdir(parents=True)
-                for i in range(each):
-                    tiles = noise.integers(0, 200, (3, 3, 3)) + 10 * NAMES.index(name)
-                    image = Image.fromarray(tiles.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-                    image.save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with sets `real` (30 images of 50 pixels) and `fake` (20 of 40), and networks `tiles`, `reader`, `undefined`."""
-    root = tmp_path_factory.mktemp("world")
-    paint(root / "real", 50, 6, seed=1)
-    paint(root / "fake", 40, 4, seed=2)
-    (root / "fake/settings.json").write_text('{"sampler": "ddpm", "cfg_scale": 4.0}')
-    for name, module in {"tiles": Tiles(), "reader": Tiles(5), "undefined": Undefined()}.items():
-        torch.jit.script(module).save(root / f"{name}.pt")
-    return root
-
-
-def pixels(folder, size=40):
-    """{class: uint8 (n, 3, size, size)} of a folder of sets, the centre crops."""
-    found = {}
-    for path in sorted(folder.glob("*/*/*.png")):
-        image = np.array(center_crop(Image.open(path), size))
-        found.setdefault(path.parent.name, []).append(torch.from_numpy(image).permute(2, 0, 1))
-    return {name: torch.stack(images) for name, images in found.items()}
-
-
-def run(command, out, *flags):
-    """The result of the command and, if it wrote one, its metrics.json."""
-    result = command(evaluate.main, *flags, "--output", out)
-    path = out / "metrics.json"
-    return result, json.loads(path.read_text()) if path.is_file() else None
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +184,6 @@ def test_every_output_has_the_figures_and_the_stamp(world, command, tmp_path):
 # ---- forms of a set ------------------------------------------------------------------------------
 
 
-def npz(world, path, save=np.savez, labels="arr_1", side="fake", **arrays):
-    """The images of a side in random order, and their labels."""
-    images = pixels(world / side)
-    pairs = [(x.permute(1, 2, 0).numpy(), NAMES.index(name)) for name in NAMES for x in images[name]]
-    order = np.random.default_rng(0).permutation(len(pairs))
-    arrays |= {"arr_0": np.stack([pairs[i][0] for i in order])}
-    save(path, **arrays, **({labels: np.array([pairs[i][1] for i in order])} if labels else {}))
-    return path
-
-
 FULL = ("--num-workers", 0, "--inception", "none", "--random-weights", "--batch-size", 7, "--floor")
 
 
@@ -332,16 +251,6 @@ def test_image_size_crops_both_sides(world, command, tmp_path):
 # ---- statistics ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def statistics(world, command, tmp_path_factory):
-    """`real.npz`, the statistics of the real images at 40 pixels under `tiles`."""
-    path = tmp_path_factory.mktemp("statistics") / "real.npz"
-    flags = (*PLAIN[:4], "--random-weights", "--features", world / "tiles.pt", "--image-size", 40, "--save-stats", path)
-    result = command(evaluate.main, world / "real", *flags)
-    assert result.code == 0, result.err
-    return path
-
-
 def test_statistics_stand_for_the_images(world, command, tmp_path, report, statistics):
     flags = (*PLAIN[:4], "--random-weights", "--features", world / "tiles.pt")
     result, found = run(command, tmp_path / "out", statistics, world / "fake", *flags)
@@ -387,43 +296,6 @@ def test_what_adms_evaluator_reads(world, command, tmp_path):
     np.testing.assert_allclose(np.diag(sigma), found["spatial"].double().var(0), rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"network": {"name": "tiles", "weights": "0" * 64}}, ["made with weights 0000", "expected "]),
-        ({"network": {"name": "other"}}, ["made with name other, expected tiles"]),
-        ({"crop": 64}, ["expected 64 x 64"]),
-        ({"crop": None}, ["made with crop None, expected 40"]),
-        ({"format": "another"}, ["does not say by which network"]),
-    ],
-)
-def test_statistics_made_otherwise_are_refused(world, command, tmp_path, statistics, change, words):
-    with np.load(statistics) as file:
-        arrays = dict(file)
-    arrays["record"] = json.dumps(json.loads(str(arrays["record"])) | change)
-    np.savez(tmp_path / "changed.npz", **arrays)
-    flags = (*PLAIN, "--features", world / "tiles.pt")
-    refused(command, tmp_path, words, tmp_path / "changed.npz", world / "fake", *flags)
-
-
-def test_another_resize_is_refused(command, tmp_path):
-    record = {"network": {"name": "inception", "weights": "random", "resize": "pytorch"}, "crop": 40}
-    save_statistics(tmp_path / "stats.npz", {None: Gaussian(9, torch.zeros(4), torch.eye(4))}, record)
-    with pytest.raises(ValueError, match="made with resize pytorch, expected tf1"):
-        open_set(tmp_path / "stats.npz").check(features.inception().record, 40)
-
-
-def test_foreign_statistics_are_trusted_on_request(world, command, tmp_path):
-    network = torch.jit.load(world / "tiles.pt")
-    real = network(torch.cat(list(pixels(world / "real").values()))).double()
-    np.savez(tmp_path / "foreign.npz", mu=real.mean(0), sigma=torch.cov(real.T))
-    flags = (*PLAIN, "--features", world / "tiles.pt", "--hierarchy", "none")
-    refused(command, tmp_path, ["does not say", "--trust-stats"], tmp_path / "foreign.npz", world / "fake", *flags)
-    _, found = run(command, tmp_path / "out", tmp_path / "foreign.npz", world / "fake", *flags, "--trust-stats")
-    assert found["overall"]["n_real"] is None and not found["comparable"]
-    assert found["overall"]["features"]["tiles"]["fd"] > 0
-
-
 # ---- memory and processes ------------------------------------------------------------------------
 
 
@@ -464,244 +336,9 @@ def test_halves_are_pairs_of_a_class():
     assert not np.array_equal(plan.part, measure.make_plan(labels, parents, halves=most, seed=4).part)
 
 
-def test_three_processes_give_the_same_figures(world, command, tmp_path, report):
+def test_three_processes_give_the_same_figures(world, tmp_path, report):
     named = ("--features", world / "tiles.pt", "--classifier", world / "reader.pt")
-    flags = [world / "real", world / "fake", *FULL, *named]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(3):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            code = 1
-            try:
-                code = command(evaluate.main, *flags, "--output", tmp_path / "out").code
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    flags = [world / "real", world / "fake", *FULL, *named, "--output", tmp_path / "out"]
+    assert launch(evaluate.main, flags, tmp_path, world=3) == {0: 0, 1: 0, 2: 0}
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     same_figures(found, report, least=60, abs=1e-9, rel=1e-9)
-
-
-# ---- what may be wrong ---------------------------------------------------------------------------
-
-
-def test_doubtful_images_are_told(world, command, tmp_path):
-    for side in ("real", "fake"):
-        shutil.copytree(world / side, tmp_path / side)
-    shutil.copy(tmp_path / "fake/cats/lynx/0.png", tmp_path / "fake/cats/lynx/copy.png")
-    shutil.rmtree(tmp_path / "fake/dogs/pug")
-    for i in (1, 2, 3):
-        (tmp_path / f"fake/cats/manx/{i}.png").unlink()
-    real = tmp_path / "real/cats/lynx/0.png"
-    Image.open(real).convert("RGB").save(real.with_suffix(".jpg"))
-    real.unlink()
-    center_crop(Image.open(tmp_path / "real/dogs/pug/0.png"), 40).save(tmp_path / "fake/dogs/beagle/stolen.png")
-    flags = (*PLAIN, "--features", world / "tiles.pt")
-    result, found = run(command, tmp_path / "out", tmp_path / "real", tmp_path / "fake", *flags)
-    assert result.code == 0, result.err
-    for words in (
-        "1 files of .*real were compressed with loss",
-        "1 images of .*fake are exact copies of others",
-        "1 images of .*fake are exact copies of images of .*real",
-        r"fake has no images of 1 classes of .*real \('pug'\)",
-        "1 classes of .*fake have one image",
-    ):
-        assert any(re.search(words, note) for note in found["notes"]), (words, found["notes"])
-    assert all(note in result.out for note in found["notes"])
-
-
-def refused(command, tmp_path, words, *flags):
-    """Code 2, one line that has the words in it, nothing written."""
-    before = tree(tmp_path)
-    result = command(evaluate.main, *flags, "--output", tmp_path / "never/out")
-    lines = [line for line in result.err.splitlines() if line.startswith("evaluate.py: ")]
-    assert result.code == 2 and len(lines) == 1 and "Traceback" not in result.err, result.err
-    assert all(word in lines[0] for word in words), lines[0]
-    assert tree(tmp_path) == before
-
-
-def damaged(path, data=b"not an image"):
-    path.write_bytes(data)
-
-
-def white_folder(path):
-    path.mkdir()
-    white(path / "0.png")
-
-
-def white(path):
-    Image.new("RGB", (40, 40), "white").save(path)
-
-
-FOLDERS = {  # name: (what happens to the copy of `fake`, words of the sentence)
-    "no such folder": (lambda fake: shutil.rmtree(fake), ["There is no", "expected a folder"]),
-    "an empty folder": (lambda fake: (shutil.rmtree(fake), fake.mkdir()), ["has no images in it"]),
-    "no class folders": (
-        lambda fake: (shutil.rmtree(fake), white_folder(fake)),
-        ["has no classes", "expected class folders", "--hierarchy none"],
-    ),
-    "empty class folders": (lambda fake: [path.unlink() for path in fake.glob("*/*/*")], ["has no images in it"]),
-    "one image": (
-        lambda fake: [path.unlink() for path in sorted(fake.glob("*/*/*"))[1:]],
-        ["has 1 image", "at least 2"],
-    ),
-    "one superclass": (
-        lambda fake: shutil.rmtree(fake / "dogs"),
-        ["no images of 1 superclasses", "'dogs'", "both sides"],
-    ),
-    "an unknown class": (lambda fake: (fake / "dogs/pug").rename(fake / "dogs/wolf"), ["'wolf'", "--hierarchy"]),
-    "an unreadable image": (lambda fake: damaged(fake / "cats/lynx/2.png"), ["Cannot read image", "2.png", "replace"]),
-    "an empty image": (lambda fake: damaged(fake / "cats/lynx/2.png", b""), ["Cannot read image", "2.png"]),
-    "images of two sizes": (
-        lambda fake: Image.new("RGB", (44, 40)).save(fake / "dogs/pug/1.png"),
-        ["pug/1.png has 44 x 40 pixels", "expected 40 x 40", "--image-size"],
-    ),
-    "an image that is not square": (
-        lambda fake: Image.new("RGB", (44, 40)).save(fake / "cats/lynx/0.png"),
-        ["lynx/0.png has 44 x 40 pixels", "expected a square"],
-    ),
-    "no settings": (lambda fake: (fake / "settings.json").write_text("{"), ["settings.json is no JSON"]),
-}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_bad_folders(world, command, tmp_path, name):
-    change, words = FOLDERS[name]
-    shutil.copytree(world / "fake", tmp_path / "fake")
-    change(tmp_path / "fake")
-    refused(command, tmp_path, words, world / "real", tmp_path / "fake", *PLAIN, "--features", world / "tiles.pt")
-
-
-def test_an_unreadable_image_in_a_worker(world, command, tmp_path):
-    shutil.copytree(world / "fake", tmp_path / "fake")
-    damaged(tmp_path / "fake/cats/lynx/2.png")
-    flags = ("--num-workers", 1, *PLAIN[2:], "--features", world / "tiles.pt")
-    refused(command, tmp_path, ["Cannot read image", "2.png"], world / "real", tmp_path / "fake", *flags)
-
-
-def test_features_that_are_not_finite_name_the_image(world, command, tmp_path):
-    shutil.copytree(world / "fake", tmp_path / "fake")
-    white(tmp_path / "fake/dogs/pug/3.png")
-    words = ["undefined features of", "pug/3.png", "not finite", "expected"]
-    flags = (*PLAIN, "--features", world / "undefined.pt")
-    refused(command, tmp_path, words, world / "real", tmp_path / "fake", *flags)
-
-
-SQUARE = np.zeros((4, 8, 8, 3), np.uint8)
-ARCHIVES = {  # name: (arrays of FAKE.npz, words)
-    "missing keys": ({"images": SQUARE}, ["holds 'images'", "expected images in arr_0"]),
-    "objects": ({"arr_0": np.array([None, "x"], dtype=object)}, ["arr_0 of object", "expected uint8"]),
-    "floats": ({"arr_0": SQUARE / 255}, ["arr_0 of float64", "expected uint8"]),
-    "channels first": ({"arr_0": SQUARE.transpose(0, 3, 1, 2)}, ["(4, 3, 8, 8)", "expected uint8 (N, H, W, 3)"]),
-    "no images": ({"arr_0": SQUARE[:0]}, ["has no images"]),
-    "labels of other length": ({"arr_0": SQUARE, "arr_1": np.zeros(3, int)}, ["labels of the shape (3,)"]),
-    "labels that are text": ({"arr_0": SQUARE, "arr_1": np.array(list("abcd"))}, ["of the type", "plain numbers"]),
-    "labels outside the range": (
-        {"arr_0": SQUARE, "arr_1": np.array([0, 1, 2, 5])},
-        ["the label 5", "expected 0 to 4"],
-    ),
-    "no labels": ({"arr_0": SQUARE}, ["has no classes", "--hierarchy none"]),
-    "only mu": ({"mu": np.zeros(12)}, ["does not say"]),
-}
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_bad_npz_files(world, command, tmp_path, name):
-    arrays, words = ARCHIVES[name]
-    np.savez(tmp_path / "fake.npz", **arrays)
-    refused(command, tmp_path, words, world / "real", tmp_path / "fake.npz", *PLAIN, "--features", world / "tiles.pt")
-
-
-def test_labels_without_a_hierarchy(world, command, tmp_path):
-    for side in ("real", "fake"):
-        npz(world, tmp_path / f"{side}.npz", side=side)
-    both = (tmp_path / "real.npz", tmp_path / "fake.npz", *PLAIN, "--features", world / "tiles.pt", "--image-size", 40)
-    refused(command, tmp_path, ["superclass", "only numbers", "expected --hierarchy"], *both)
-    _, found = run(command, tmp_path / "out", *both, "--hierarchy", world / "real")
-    assert list(found["superclasses"]) == list(CLASSES)
-
-
-STATISTICS = {  # name: (arrays of REAL.npz, words)
-    "no sigma": ({"mu": np.zeros(12)}, ["holds 'mu'", "expected 'sigma'"]),
-    "shapes": ({"mu": np.zeros(12), "sigma": np.eye(11)}, ["sigma (11, 11)", "expected (d,) and (d, d)"]),
-    "NaN": ({"mu": np.zeros(12), "sigma": np.full((12, 12), np.nan)}, ["not finite"]),
-    "objects": ({"mu": np.array([None] * 12), "sigma": np.eye(12)}, ["'mu' of the type object"]),
-    "another dimension": ({"mu": np.zeros(8), "sigma": np.eye(8)}, ["8 and 12 numbers", "one network"]),
-}
-
-
-@pytest.mark.parametrize("name", STATISTICS)
-def test_bad_statistics(world, command, tmp_path, name):
-    arrays, words = STATISTICS[name]
-    np.savez(tmp_path / "real.npz", **arrays)
-    flags = (*PLAIN, "--features", world / "tiles.pt", "--trust-stats", "--hierarchy", "none")
-    refused(command, tmp_path, words, tmp_path / "real.npz", world / "fake", *flags)
-
-
-def test_damaged_npz_files(world, command, tmp_path):
-    path = tmp_path / "fake.npz"
-    flags = (world / "real", path, *PLAIN, "--features", world / "tiles.pt")
-    refused(command, tmp_path, ["There is no file"], *flags)
-    whole = npz(world, path).read_bytes()
-    for content in (b"", b"<html></html>", whole[: len(whole) // 2]):
-        path.write_bytes(content)
-        refused(command, tmp_path, ["fake.npz is damaged or no .npz file"], *flags)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (20, 40, 40, 3)})
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("arr_0.npy", header.getvalue() + bytes(1000))
-    refused(command, tmp_path, ["fake.npz is shorter than"], *flags)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("arr_0.npy", "no array")
-    refused(command, tmp_path, ["fake.npz is damaged or no .npz file"], *flags)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # 100 GB of zeros, says the header
-        with archive.open("arr_0.npy", "w") as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (500_000, 256, 256, 3)}
-            np.lib.format.write_array_header_1_0(stream, header)
-    refused(command, tmp_path, ["compressed or too large", "numpy.savez"], *flags)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--batch-size", 0), ["--batch-size is 0, expected 1"]),
-        (("--seed", 2**64), ["--seed is", "expected 0"]),
-        (("--image-size", -1), ["--image-size is -1"]),
-        (("--save-stats", "stats.txt"), ["stats.txt", "ends in .npz"]),
-        (("--inception", "nowhere.pth"), ["There is no file nowhere.pth"]),
-        (("--features", "nowhere.pt"), ["nowhere.pt"]),
-        (("--hierarchy", "vegfru"), ["VegFru"]),
-        ((), ["No network was named"]),
-    ],
-)
-def test_bad_flags(world, command, tmp_path, flags, words):
-    refused(command, tmp_path, words, world / "real", world / "fake", *PLAIN, *flags)
-
-
-def test_outputs_that_cannot_be_written(world, command, tmp_path):
-    (tmp_path / "file").write_text("")
-    flags = (world / "real", world / "fake", *PLAIN, "--features", world / "tiles.pt")
-    for more in (("--output", tmp_path / "file"), ("--save-stats", tmp_path / "file/stats.npz")):
-        before = tree(tmp_path)
-        result = command(evaluate.main, *flags, *more)
-        assert result.code == 2 and "file cannot be written" in result.err and tree(tmp_path) == before
-
-
-def test_flags_that_do_not_go_together(world, command, tmp_path):
-    real, tiles, reader = world / "real", world / "tiles.pt", world / "reader.pt"
-    refused(command, tmp_path, ["There is no FAKE"], real, *PLAIN, "--features", tiles)
-    refused(command, tmp_path, ["no features to save"], real, *PLAIN, "--save-stats", tmp_path / "s.npz")
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(2), sigma=np.eye(2))
-    again = (tmp_path / "stats.npz", "--trust-stats", "--save-stats", tmp_path / "s.npz")
-    refused(command, tmp_path, ["holds statistics", "expected images"], *again)
-    refused(command, tmp_path, ["a network 'tiles'"], real, world / "fake", *PLAIN, "--features", tiles, tiles)
-    refused(command, tmp_path, ["12 classes, expected the 5"], real, world / "fake", *PLAIN, "--classifier", tiles)
-    flat = (real, world / "fake", *PLAIN, "--classifier", reader, "--hierarchy", "none")
-    refused(command, tmp_path, ["no classes", "drop the flag"], *flat)
-    shutil.copy(tiles, tmp_path / "inception.pt")
-    refused(command, tmp_path, ["'inception'"], real, world / "fake", *PLAIN, "--features", tmp_path / "inception.pt")

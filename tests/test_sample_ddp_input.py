@@ -1,0 +1,168 @@
+"""What sample_ddp.py refuses, before the first sample where it can: flags, folders of others, too small a disk, NaN."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_sample_ddp
+from conftest import tree
+from refusals import ODD, ROW, refused
+from test_sample_ddp import NAMES, files
+
+import sample_ddp
+import sample_store
+from sample_ddp import balanced
+from sample_store import Store
+
+run, here = test_sample_ddp.run, test_sample_ddp.here
+
+
+@pytest.mark.reliability(*ROW)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--num-fid-samples 0", "--num-fid-samples is 0, expected 1 to"),
+        ("--num-fid-samples -3", "--num-fid-samples is -3"),
+        ("--per-proc-batch-size 0", "--per-proc-batch-size is 0"),
+        ("--global-seed 18446744073709551616", "--global-seed is 18446744073709551616"),
+        ("--num-fid-samples many", "--num-fid-samples: invalid int value: 'many'"),
+        ("--num-sampling-steps 0", "--num-sampling-steps is 0, expected 1 to 1000"),
+        ("--num-sampling-steps abc", "--num-sampling-steps: invalid int value: 'abc'"),
+        ("--format gif", "--format: invalid choice: 'gif'"),
+        ("--cfg-scale nan", "--cfg-scale is nan"),
+        ("--ckpt nowhere.safetensors", "no file nowhere.safetensors"),
+        ("--base nowhere.pt", "nowhere.pt"),
+        ("--num-sampling-steps 1001", "--num-sampling-steps is 1001, expected 1 to 1000"),
+        ("--cfg-scale inf", "--cfg-scale is inf"),
+        ("--guidance-interval 5 4", "--guidance-interval is 5 4"),
+        ("--guidance null", "no null row"),
+        ("--mixed-precision fp16", "expected a GPU"),
+        ("--name a/b", "--name is a/b, expected the name of a folder"),
+        ("--name ..", "--name is .., expected the name of a folder"),
+    ],
+)
+def test_bad_flags(flags, words, here, tmp_path):
+    before = tree(tmp_path)
+    refused(here("x", *flags.split()), words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.reliability(*ROW)
+def test_more_processes_than_images(run, tmp_path):
+    assert run("x", "--num-fid-samples", 2, world=3) == 2
+    words = "3 processes are more than --num-fid-samples 2: start as many as there are images, or fewer."
+    said = [(tmp_path / f"err{rank}").read_text() for rank in range(3)]
+    for text in filter(None, said):  # one that was killed by the launcher may have said nothing
+        refused(SimpleNamespace(code=2, err=text), words)
+    assert any(said)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_refusal_reaches_every_process(run, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/other.txt").touch()
+    assert run("x", world=2) == 2
+    assert "holds files but no settings.json" in (tmp_path / "err0").read_text()
+
+
+@pytest.mark.reliability(*ROW)
+def test_a_folder_of_other_settings_is_refused_with_the_differences(here, adapter, tmp_path):
+    assert here("x").code == 0
+    before = tree(tmp_path)
+    refused(here("x", "--global-seed", 1, "--cfg-scale", 2), "cfg_scale 4.0, here 2.0; global_seed 0, here 1)")
+    refused(here("x", "--num-fid-samples", 12), "num_fid_samples 11, here 12")
+    refused(here("x", "--format", "png"), "format both, here png")
+    refused(here("x", "--sampler", "ddim"), "sampler ddpm, here ddim")
+    assert tree(tmp_path) == before
+    settings = json.loads((tmp_path / "x/settings.json").read_text())
+    (tmp_path / "x/settings.json").write_text(json.dumps(settings | {"ckpt_sha256": "0" * 64}))
+    refused(here("x"), f"ckpt_sha256 {'0' * 64}, here {settings['ckpt_sha256']}")
+    (tmp_path / "x/settings.json").write_text("{")
+    refused(here("x"), "settings.json is damaged")
+
+
+@pytest.mark.reliability(*ROW)
+def test_foreign_folders_and_files_are_left_alone(here, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/holiday.png").write_bytes(b"mine")
+    (tmp_path / "y.npz").write_bytes(b"mine")
+    before = tree(tmp_path)
+    refused(here("x"), "x holds files but no settings.json")
+    refused(here("y"), "y holds files but no settings.json")
+    assert tree(tmp_path) == before
+    assert here("z").code == 0
+    shutil.copy(next((tmp_path / "z/pug").iterdir()), tmp_path / "z/pug/000099.png")
+    refused(here("z"), "z holds 12 PNGs, expected 11: remove what is not of this run.")
+
+
+@pytest.mark.reliability(*ROW)
+def test_two_launches_into_one_folder(here, tmp_path):
+    assert here("x").code == 0
+    store = Store(tmp_path / "x", balanced(11, 5), NAMES, 8, "both")
+    store.prepare(json.loads((tmp_path / "x/settings.json").read_text()))
+    refused(here("x"), "Another process is sampling into")
+    store.close()
+    assert here("x").code == 0
+
+
+@pytest.mark.reliability(*ROW)
+def test_a_disk_that_is_too_small_is_said_before_the_first_sample(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_ddp, "sample_keyed", None)
+    monkeypatch.setattr(sample_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3 - 1))
+    before = tree(tmp_path)
+    for form in ("npz", "both"):
+        refused(
+            here("x", "--format", form), "GB more and has 4.22e-06 GB free: make room, or choose another --sample-dir"
+        )
+    assert tree(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(sample_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3))
+    assert here("x", "--format", "npz").code == 0
+
+
+def test_room_is_what_is_still_to_be_written(tmp_path, monkeypatch):
+    """100,000 images of 256 pixels: 19.7 GB of rows, as much for the npz beside them."""
+    asked = []
+    monkeypatch.setattr(
+        sample_store.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=39.3e9)
+    )
+    with pytest.raises(ValueError, match="needs about 39.3 GB more and has 39.3 GB free"):
+        Store(tmp_path / "a/b/x", np.zeros(100_000), ["a"], 256, "npz").check_room()
+    assert asked == [tmp_path]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/rows").write_bytes(b"\1" * 30_000_000)
+    Store(tmp_path / "x", np.zeros(100_000), ["a"], 256, "npz").check_room()
+
+
+@pytest.mark.reliability(*ODD)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sample_that_is_not_finite_is_named_and_not_written(value, here, tmp_path, monkeypatch):
+    real = sample_ddp.sample_keyed
+
+    def broken(model, labels, keys, *rest, **options):
+        latents = real(model, labels, keys, *rest, **options)
+        latents[[key == (6, 7) for key in keys], 1, 2, 3] = float(value)
+        return latents
+
+    monkeypatch.setattr(sample_ddp, "sample_keyed", broken)
+    result = here("x", "--global-seed", 6)
+    refused(result, f"Image 7 of seed 6 (class {balanced(8, 5)[7]}) is not finite, expected pixels")
+    numbers = sorted(int(path.stem) for path in (tmp_path / "x").rglob("*.png"))
+    assert numbers == list(range(7)) and not (tmp_path / "x.npz").exists()
+    monkeypatch.undo()
+    assert here("x", "--global-seed", 6).code == 0
+    assert len(list((tmp_path / "x").rglob("*.png"))) == 11
+
+
+@pytest.mark.reliability(*ODD)
+def test_a_number_that_does_not_divide_and_a_cut_png(run, tmp_path):
+    assert run("x", world=3) == 0
+    before = files(tmp_path, "x")
+    assert sum(name.endswith(".png") for name in before) == 11
+    path = next((tmp_path / "x/pug").iterdir())
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run("x", world=2) == 0
+    said = "".join((tmp_path / f"err{rank}").read_text() for rank in range(2))
+    assert said.count(f"{path} is damaged and is made again.") == 1 and files(tmp_path, "x") == before
