@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import write_whole
+from runtime import named, write_whole
 
 FORMAT = "finediffusion-latents-2"
 NPY_HEADER = 128  # bytes before the numbers of moments.npy; numpy pads the header of any such shape to this
@@ -55,7 +55,9 @@ def chunk_hash(root: Path, info: dict, k: int) -> str:
 def create_moments(root: Path, info: dict):
     """An empty moments.npy."""
     shape = shape_of(info)
-    moments = np.lib.format.open_memmap(root / "moments.npy", mode="w+", dtype=np.float16, shape=shape)
+    path = root / "moments.npy"
+    with named(path):
+        moments = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     assert moments.offset == NPY_HEADER, moments.offset
 
 

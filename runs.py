@@ -7,6 +7,7 @@ and the settings. There are no random states to keep: everything random is a fun
 
 import fcntl
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -58,7 +59,9 @@ def lock(folder):
         raise ValueError(
             f"Another process is training in {folder}, expected one at a time: wait for it or choose another --experiment."
         ) from None
-    for part in folder.rglob(".*.part"):
+    held = weakref.ref(file)  # the workers of a DataLoader outlive a killed process for seconds: without its lock
+    os.register_at_fork(after_in_child=lambda: held() and held().close())
+    for part in (*folder.rglob(".*.part"), *folder.rglob(".tmp??????")):  # ours, and those of safetensors' writer
         part.unlink()
     return file
 

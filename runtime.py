@@ -1,10 +1,14 @@
 """Plumbing that every script shares: a user's mistake as one sentence, files that appear whole, signals, the device."""
 
+import argparse
+import atexit
 import errno
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +30,13 @@ def run_command(main):
     raise SystemExit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """One to whom a flag that is unknown or no number is a user's mistake like others: one line, without the usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message}, expected as --help says: change it.")
+
+
 def check_range(args, **ranges):
     """ValueError where a flag, by its name in `args`, is outside its (low, high); a flag that was not given is not."""
     for name, (low, high) in ranges.items():
@@ -39,17 +50,31 @@ def write_whole(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with named(path):
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~UMASK)  # some writers make private files
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path, text):
+    """Add to a file."""
+    with named(path), open(path, "a") as file:
+        file.write(text)
+
+
+@contextmanager
+def named(path):
+    """Have an OSError tell this path where it tells none: that of a full disk does not."""
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~UMASK)  # some writers make private files
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        yield
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk comes without one
+        error.filename = error.filename or str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 UMASK = os.umask(0)
@@ -111,6 +136,40 @@ def on_main(accelerator, action, *arguments):
     return result
 
 
+def store_of_attempt():
+    """Options of `init_process_group` with which processes that torchrun has started again meet only one another.
+
+    torchrun (2.10; pytorch issue 135712) gives all attempts the same store, in which the addresses of lost processes still
+    stand. Empty where there is no such store, and on several nodes, whose counts of attempts may differ.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
+        return {}
+    store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    store = torch.distributed.PrefixStore(f"attempt{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+
+
+GROUPS = []  # of processes, see keep_group
+
+
+def keep_group(group=None):
+    """Have a process group, or that of all processes, live as long as this process; call it before the group is destroyed.
+
+    The destructor of gloo's waits for its threads and holds the interpreter's lock, for which a thread may be waiting, to
+    let go of a tensor that was exchanged last: on a busy machine one end of a run in ten hung there.
+    """
+    if torch.distributed.is_initialized():
+        GROUPS.append(group or torch.distributed.group.WORLD)
+
+
+def end_workers():
+    """End a DataLoader's workers at exit: the SIGTERM that multiprocessing sends them there, and waits for, they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 class Signals:
     """What asks a run to leave: SIGTERM, SIGUSR1 and SIGUSR2 (to be started again) and SIGINT (by the user).
 
@@ -128,7 +187,9 @@ class Signals:
     def __init__(self, processes):
         self.asked = 0
         self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+        keep_group(self.group)
         self.agreement = None
+        atexit.register(end_workers)
         self.before = {number: signal.signal(number, self.note) for number in self.CODES}
 
     def note(self, number, frame):
@@ -161,6 +222,6 @@ class Signals:
 
     @classmethod
     def leave_to_parent(cls, _=None):
-        """For the workers of a DataLoader: a signal to the whole job is the training process's to answer."""
+        """For the workers of a DataLoader: a signal to the whole job is the training process's to answer, see end_workers."""
         for number in cls.CODES:
             signal.signal(number, signal.SIG_IGN)

@@ -91,7 +91,9 @@ def sample(args):
                 keys = [(args.seed, label, position) for label, position in batch]
                 latents = sample_keyed(model, y, keys, guidance, sampler=args.sampler, steps=args.num_sampling_steps)
             images = autoencoder.decode(latents)
-            check_images(images, [f"Image {position} of class {label} of seed {args.seed}" for label, position in batch])
+            check_images(
+                images, [f"Image {position} of class {label} of seed {args.seed}" for label, position in batch]
+            )
             images = to_uint8(images)
             for image, (label, position) in zip(images, batch):
                 path = folder / folders[label] / f"{position:06d}.png"

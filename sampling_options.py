@@ -51,7 +51,11 @@ def add_options(add):
     add("--weak", help="autoguidance: an earlier adapter of the same run")
     add("--sampler", choices=SAMPLERS, default="ddpm")
     add("--num-sampling-steps", type=int, default=250)
-    add("--compile", action="store_true", help="torch.compile every block: for many steps, pictures alike but for float sums")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile every block: for many steps, pictures alike but for float sums",
+    )
 
 
 def check_options(args):

@@ -10,6 +10,7 @@ SIGUSR2 save and leave with code 75: the same command goes on from there.
 
 import json
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from data import ImageData, LatentData, StepBatches, check_counts, collate
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
-from runtime import Signals, check_gpu, compute_type, on_main, run_command, write_whole
+from runtime import Signals, check_gpu, compute_type, keep_group, on_main, run_command, store_of_attempt, write_whole
 from sampling import sample_latents
 from steps import Update, backward, drawn, latents_of, learning_rate_factor
 from training_options import DTYPES, check_settings, parse_args
@@ -134,7 +135,7 @@ def open_data(args, autoencoder, process):
 def start_processes(args):
     """(accelerator, folder of the run, its states from new to old); says where the precision is not the one asked for."""
     on_cpu = not torch.accelerator.is_available()
-    process = PartialState(cpu=on_cpu)
+    process = PartialState(cpu=on_cpu, **store_of_attempt())
     check_gpu(process.device)
     default_name = f"{args.model.replace('/', '-')}-{args.method}"
     folder, states = runs.place(args.results_dir, args.experiment, args.resume, default_name)
@@ -201,8 +202,7 @@ def begin(args):
     parts = args.grad_accum if not args.micro_batch else -(-batches.share // args.micro_batch)
     say_start(args, watch, model, parameters, hierarchy, -(-batches.share // parts), autoencoder)
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
         exchanged = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
@@ -230,9 +230,8 @@ def begin(args):
 def say_start(args, watch, model, parameters, hierarchy, images, autoencoder):
     """What the run is and what memory it takes, before the first step."""
     accelerator, data = watch.accelerator, watch.data
-    if accelerator.is_main_process:
-        watch.folder.mkdir(parents=True, exist_ok=True)
-        (watch.folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    text = json.dumps(vars(args), indent=1) + "\n"
+    on_main(accelerator, write_whole, watch.folder / "args.json", lambda part: part.write_text(text))
     count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
     watch.say(
         f"{watch.folder}: {args.model}, {args.method}, {count:,} trained parameters, {len(data):,} images, {hierarchy!r}, "
@@ -308,23 +307,25 @@ def train(args):
         worker_init_fn=Signals.leave_to_parent,
     )
     signals = Signals(accelerator.num_processes)
-    for step, (x, y, shown) in enumerate(watch.over(loader), start=batches.start_step):
-        one_step(args, run, step, x, y, shown)
-        run.description["step"] = step + 1
-        last, code = step + 1 == batches.max_steps, signals.agreed()
-        if (step + 1) % args.log_every == 0 or last:
-            watch.write(step + 1, lr=run.optimizer.param_groups[0]["lr"])
-        if (step + 1) % args.ckpt_every == 0 or last:
-            save(args, run, adapter=True)
-        if code and not last:
-            save(args, run, adapter=False)
-            watch.say(f"asked to leave: the state of step {step + 1} is saved, the same command goes on from it")
-            raise SystemExit(code)
+    with closing(watch.over(loader)) as steps:
+        for step, (x, y, shown) in enumerate(steps, start=batches.start_step):
+            one_step(args, run, step, x, y, shown)
+            run.description["step"] = step + 1
+            last, code = step + 1 == batches.max_steps, signals.agreed()
+            if (step + 1) % args.log_every == 0 or last:
+                watch.write(step + 1, lr=run.optimizer.param_groups[0]["lr"])
+            if (step + 1) % args.ckpt_every == 0 or last:
+                save(args, run, adapter=True)
+            if code and not last:
+                save(args, run, adapter=False)
+                watch.say(f"asked to leave: the state of step {step + 1} is saved, the same command goes on from it")
+                raise SystemExit(code)
     signals.release()
     path = adapter_path(run)
     if not path.is_file():  # an earlier start was asked to leave at this very step
         save(args, run, adapter=True)
     accelerator.print(path)
+    keep_group()
     accelerator.end_training()
 
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from folders import few
-from runtime import write_whole
+from runtime import append, on_main, write_whole
 from steps import TIMESTEPS
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # --report-to: the package that has it
@@ -51,8 +51,7 @@ class Watch:
         self.paused = 0.0
         self.since = time.perf_counter()
         self.timed = start
-        if self.main:
-            self.trim()
+        on_main(accelerator, self.trim)
 
     def trim(self):
         """Take rows from metrics.jsonl that were written after the state from which the run goes on."""
@@ -64,17 +63,27 @@ class Watch:
                 write_whole(path, lambda part: part.write_text("".join(good)))
 
     def say(self, text):
-        """A line for a person, above the bar and in log.txt."""
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tqdm.write(text)
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        """A line for a person, above the bar and in log.txt; called by all processes."""
+        on_main(self.accelerator, self.note, text)
+
+    def note(self, text):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tqdm.write(text)
+        append(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def over(self, loader):
-        """The loader's batches; the bar ends with them, also where one cannot be read, before that is said."""
-        with self.bar:
-            yield from loader
+        """The loader's batches; bar and workers end with them, also where one cannot be read, before that is said.
+
+        The workers are deaf to SIGTERM (`Signals.leave_to_parent`), with which Python would end them, and wait for them,
+        when it exits itself.
+        """
+        batches = iter(loader)
+        try:
+            with self.bar:
+                yield from batches
+        finally:
+            if loader.num_workers:
+                batches._shutdown_workers()
 
     def add(self, terms, norm, asked, shown):
         """A step's (4, n) losses of this process and its gradient norm, left on the device.
@@ -96,7 +105,8 @@ class Watch:
         mine = torch.stack(self.terms)[None]  # (1, S, 4, n)
         terms = self.accelerator.gather(mine).cpu()  # (world, S, 4, n): ranks hold consecutive rows of the global batch
         terms = terms.permute(1, 2, 0, 3).flatten(2)  # (S, 4, B)
-        norms = torch.stack(self.norms).float().cpu()
+        norms = self.accelerator.gather(torch.stack(self.norms).float()[None]).cpu()  # (world, S), all rows alike
+        norms = norms.amax(0)  # unless a process alone went wrong: NaN and infinity remain
         begun = len(self.kept["norms"])
         self.kept = {
             "terms": torch.cat([self.kept["terms"].reshape(-1, *terms.shape[1:]), terms]),
@@ -163,12 +173,14 @@ class Watch:
             "images_per_s": rate * terms.shape[2],
             "memory_gb": memory_gb(self.accelerator.device),
         }
-        if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            losses = "  ".join(f"{name} {number(row[name])}" for name in ("loss", "mse", "vb", "grad_norm"))
-            self.say(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
-            self.bar.set_postfix(loss=number(row["loss"]))
+        losses = "  ".join(f"{name} {number(row[name])}" for name in ("loss", "mse", "vb", "grad_norm"))
+
+        def record():
+            append(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
+            self.note(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
+
+        on_main(self.accelerator, record)
+        self.bar.set_postfix(loss=number(row["loss"]))
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
         self.kept = NOTHING
         self.first = self.timed = step

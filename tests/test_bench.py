@@ -208,7 +208,11 @@ DIFFERENT = {
         "Ours.forward = lambda self, *a, f=Ours.forward, **k: 1.01 * f(self, *a, **k)\n",
         "sampling-s4",
     ),
-    "another loss": ("models.py", "Ours.forward = lambda self, *a, f=Ours.forward, **k: 1.01 * f(self, *a, **k)\n", "step-s4"),
+    "another loss": (
+        "models.py",
+        "Ours.forward = lambda self, *a, f=Ours.forward, **k: 1.01 * f(self, *a, **k)\n",
+        "step-s4",
+    ),
     "no average": ("train.py", "update_ema = lambda *a, **options: None\n", "update-xl"),
 }
 

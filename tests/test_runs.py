@@ -1,27 +1,22 @@
-"""A run that is stopped, killed, damaged or starved goes on as if nothing had happened, or says why it cannot."""
+"""A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import tree
 from tensorboard.backend.event_processing import event_accumulator
-from tiny import ROOT, same
+from tiny import same
 
 import checkpoint
 import runs
 import runtime
-import steps
 import train
 import watching
-from folders import few
 
 FLAGS = (
     "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5 "
@@ -95,59 +90,6 @@ def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monke
     assert_same_outcome(folder, unbroken)
 
 
-def launched(flags, processes=1):
-    program = [sys.executable, "train.py"]
-    if processes > 1:
-        handled = ",".join(f"SIG{name}" for name in "TERM INT HUP QUIT USR1 USR2".split())
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        program += ["--signals-to-handle", handled, "train.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([*program, *flags], **options)
-
-
-def wait_for(condition, process):
-    end = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
-
-
-def test_kill_9_three_times(flags, command):
-    longer = ["--max-steps", "60", "--ckpt-every", "10", "--keep-states", "2"]
-    folder = flags.root / "killed"
-    metrics, states = folder / "metrics.jsonl", folder / "states"
-    moments = [
-        lambda: metrics.is_file(),  # after the first row, before any state
-        lambda: any(states.glob(".*.part")) or (states / "0000010.safetensors").is_file(),  # while the first is written
-        lambda: (states / "0000030.safetensors").is_file(),
-    ]
-    for moment in moments:
-        process = launched(flags("killed", *longer))
-        wait_for(moment, process)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (states / "0000060.safetensors").exists()
-    for name in ("killed", "never-killed"):
-        assert command(train.main, *flags(name, *longer)).code == 0
-    (tensors, rows), (expected, expected_rows) = outcome(folder), outcome(flags.root / "never-killed")
-    assert same(tensors, expected) and rows == expected_rows and len(rows) == 30
-
-
-def test_two_processes_leave_together_and_go_on(flags):
-    long = ["--max-steps", "400", "--ckpt-every", "1000", "--num-workers", "1"]
-    folder = flags.root / "together"
-    process = launched(flags("together", *long), processes=2)
-    wait_for((folder / "metrics.jsonl").is_file, process)
-    process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "is saved, the same command goes on from it" in out
-    (path,) = runs.states_of(folder)
-    step, rows = int(path.stem), (folder / "metrics.jsonl").read_text().splitlines()
-    assert step - json.loads(rows[-1])["step"] in (0, 1)  # no step between the last row and the state is lost
-    alive = subprocess.run(["pgrep", "-f", f"{folder.parent}.*--experiment together"], capture_output=True, text=True)
-    assert alive.stdout == ""
-
-
 # ---- files that went wrong -----------------------------------------------------------------------
 
 
@@ -185,57 +127,11 @@ def test_when_all_states_are_damaged(command, flags, unbroken):
     assert result.code == 2 and result.err.startswith("train.py: All 3 training states of") and tree(folder) == before
 
 
-def test_every_bit_of_a_file_counts(unbroken, tmp_path):
-    adapter = tmp_path / "adapter.safetensors"
-    whole = (unbroken / "adapters/0000008.safetensors").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for trial in range(60):
-        end = header if trial % 2 else len(whole)
-        position, bit = (int(torch.randint(most, (), generator=generator)) for most in (end, 8))
-        adapter.write_bytes(whole)
-        flip(adapter, position, bit)
-        with pytest.raises(ValueError, match="adapter.safetensors is damaged"):
-            checkpoint.read(adapter)
-
-
 def test_the_newest_states_are_kept(unbroken, command, flags):
     assert [path.stem for path in runs.states_of(unbroken)] == ["0000008", "0000006", "0000003"]
     assert command(train.main, *flags("kept", "--ckpt-every", 1, "--keep-states", 2)).code == 0
     assert [path.stem for path in runs.states_of(flags.root / "kept")] == ["0000008", "0000007"]
     assert len(list((flags.root / "kept/adapters").iterdir())) == 8
-
-
-def test_a_full_disk_leaves_the_last_state(command, flags, unbroken, monkeypatch):
-    folder, save_file = flags.root / "full", checkpoint.save_file
-
-    def full(tensors, path, metadata):
-        save_file(tensors, path, metadata=metadata)
-        if "0000006" in str(path):
-            os.truncate(path, 1000)
-            raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        result = command(train.main, *flags("full"))
-    sentence = result.err.strip().split("\n")[-1]
-    assert result.code == 2 and "could not be written (I/O error: No space left" in sentence
-    assert "make room" in sentence
-    assert [path.stem for path in runs.states_of(folder)] == ["0000003"] and not list(folder.rglob(".*"))
-    assert command(train.main, *flags("full")).code == 0
-    assert_same_outcome(folder, unbroken)
-
-
-def test_one_launch_at_a_time(command, flags, unbroken):
-    shutil.copytree(unbroken, flags.root / "twice")
-    half_written = flags.root / "twice/states/.0000009.safetensors.1.part"
-    half_written.touch()
-    lock = runs.lock(flags.root / "twice")
-    assert not half_written.exists()
-    result = command(train.main, *flags("twice"))
-    assert result.code == 2 and "Another process is training in" in result.err
-    lock.close()
-    assert command(train.main, *flags("twice")).code == 0
 
 
 def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_path):
@@ -251,79 +147,6 @@ def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_pat
     # what does not decide the numbers may change
     same_numbers = ("--grad-accum", 2, "--grad-checkpointing", "--log-every", 1)
     assert command(train.main, *flags("unbroken", *same_numbers)).code == 0
-
-
-# ---- numbers that are none -----------------------------------------------------------------------
-
-
-def spoil(monkeypatch, step, what, value):
-    """Make the loss of image 2, or the gradient, of `step` (from 0) not finite."""
-    real, drawn, calls = torch.nn.utils.get_total_norm, steps.drawn, []
-
-    def spoiled(*arguments):
-        r = drawn(*arguments)
-        if arguments[1] == step and what == "loss":
-            r["noise"][2, 0, 0, 0] = value
-        return r
-
-    def norm(grads):
-        calls.append(None)
-        if what == "gradient" and len(calls) == step + 1:
-            grads[0][0] = value
-        return real(grads)
-
-    monkeypatch.setattr(train, "drawn", spoiled)
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_stop_the_run(what, value, command, flags, unbroken, monkeypatch):
-    name = f"{what}-{value}"
-    with monkeypatch.context() as patch:
-        spoil(patch, 4, what, value)
-        result = command(train.main, *flags(name))
-    folder, sentence = flags.root / name, result.err.strip().split("\n")[-1]
-    assert result.code == 2 and f"At step 5 the {what} is not finite (images " in sentence
-    rows = train.StepBatches(20, 4, 0).rows(4)
-    data = train.ImageData(flags("")[flags("").index("--data-path") + 1], checkpoint.read(
-        runs.states_of(folder)[0])[1]["hierarchy"], 8)  # fmt: skip
-    expected = [rows[2]] if what == "loss" else rows
-    timesteps = steps.drawn(0, 4, 4, (3, 8, 8), True, 0.1, 0.0, "cpu")["t"]
-    shown = few(f"{data.name(i)} at timestep {timesteps[rows.tolist().index(i)]}" for i in expected)
-    assert f"(images {shown})" in sentence and [path.stem for path in runs.states_of(folder)] == ["0000003"]
-    assert not (folder / "adapters/0000006.safetensors").exists()
-    assert command(train.main, *flags(name)).code == 0  # it was a passing fault: the run goes on from the last state
-    assert_same_outcome(folder, unbroken)
-
-
-def test_numbers_that_are_not_finite_can_be_passed_over(command, flags, unbroken, monkeypatch):
-    with monkeypatch.context() as patch:
-        spoil(patch, 4, "loss", float("nan"))
-        result = command(train.main, *flags("skip", "--on-nonfinite", "skip", "--ckpt-every", 1, "--keep-states", 9))
-    assert result.code == 0 and "At step 5 the loss is not finite" in result.out and "passed over" in result.out
-    states = [checkpoint.read(path) for path in reversed(runs.states_of(flags.root / "skip"))]
-    before, after = states[3][0], states[4][0]
-    kept = [n for n in before if n.startswith(("now/", "exp_avg/", "exp_avg_sq/"))]
-    assert all(before[n].equal(after[n]) for n in kept) and states[4][1]["updates"] == 4
-    assert all(tensor.isfinite().all() for n, tensor in states[-1][0].items())
-    rows = [json.loads(line) for line in (flags.root / "skip/metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 0] and rows[2]["loss"] > 0
-
-
-def test_after_a_bad_step_nothing_moves_until_the_run_stops():
-    """The optimizer is not asked: the device alone holds it back, and for good."""
-    p = torch.nn.Parameter(torch.ones(3))
-    accelerator = train.Accelerator(cpu=True)
-    optimizer = accelerator.prepare(torch.optim.AdamW([p], lr=0.1, fused=True))
-    update = steps.Update(accelerator, optimizer, [p], sticky=True)
-    values = []
-    for gradient in (1.0, float("nan"), 1.0):
-        p.grad = torch.full((3,), gradient)
-        update.step()
-        values.append(p.detach().clone())
-    assert not values[0].equal(torch.ones(3)) and values[1].equal(values[0]) and values[2].equal(values[0])
-    assert optimizer.state[p]["step"] == 1
 
 
 # ---- the same numbers another way ----------------------------------------------------------------

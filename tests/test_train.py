@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -241,23 +238,6 @@ def test_random_weights_are_the_seeds(run):
     )
 
 
-def without_key_biases(state):
-    """The softmax does not see a bias of the keys: its gradient is a rounding error, which AdamW enlarges to a step."""
-    for name, tensor in state.items():
-        if name.endswith("qkv.bias"):
-            tensor.view(3, -1)[1] = 0
-    return state
-
-
-def assert_near(a, b):
-    """Parameters, averages and moments of two states within 1e-6, each kind as one vector."""
-    a, b = without_key_biases(a), without_key_biases(b)
-    assert a.keys() == b.keys()
-    for kind in ("now/", "average/", "exp_avg/", "exp_avg_sq/"):
-        left, right = (torch.cat([x[n].flatten().double() for n in x if n.startswith(kind)]) for x in (a, b))
-        assert (left - right).norm() < 1e-6 * right.norm(), kind
-
-
 def assert_same_losses(a, b, rel):
     assert len(metrics(a)) == len(metrics(b)) > 0
     for left, right in zip(metrics(a), metrics(b)):
@@ -265,42 +245,6 @@ def assert_same_losses(a, b, rel):
         assert [left[k] for k in ("loss", "mse", "vb")] == pytest.approx(
             [right[k] for k in ("loss", "mse", "vb")], rel=rel
         )
-
-
-def test_a_batch_in_parts_is_the_batch(run):
-    whole, parts = (run(f"parts{n}", "--grad-accum", n, "--max-steps", 3) for n in (1, 3))
-    assert_near(state_of(parts), state_of(whole))
-    assert_same_losses(parts, whole, 1e-6)
-
-
-def gradients_of_first_step(folder):
-    """AdamW's first moment after one step from zero is a tenth of the gradient."""
-    state = without_key_biases(checkpoint.read(folder / "states/0000001.safetensors")[0])
-    return {name: tensor / 0.1 for name, tensor in state.items() if name.startswith("exp_avg/")}
-
-
-def test_two_processes_are_one(run, images, base, tmp_path):
-    flags = "--max-steps 3 --log-every 1 --ckpt-every 1 --preview-images 0 --grad-accum 2".split()
-    start = ["--data-path", images, "--resume", base, "--results-dir", tmp_path, "--experiment", "two"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*torchrun, *FLAGS, *start, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    one, two = run("one", *flags), tmp_path / "two"
-    log = (two / "log.txt").read_text()
-    assert "2 processes" in log and f"gradients exchanged in a step: {23_064 * 4 / 1e6:.1f} MB" in log
-    gradients, expected = gradients_of_first_step(two), gradients_of_first_step(one)
-    assert gradients.keys() == expected.keys() and all(g.norm() > 0 for g in expected.values())
-    for name, gradient in gradients.items():
-        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
-    assert_near(state_of(two), state_of(one))
-    assert_same_losses(two, one, 1e-6)
-    # another number of processes goes on with the same images in the same order
-    more = [*flags, "--max-steps", 5]
-    one, two = run("one", *more), run("two", *more, "--results-dir", tmp_path)
-    assert "1 process\n" in (tmp_path / "two/log.txt").read_text() and len(metrics(tmp_path / "two")) == 5
-    assert_near(state_of(tmp_path / "two"), state_of(one))
-    assert_same_losses(tmp_path / "two", one, 1e-6)
 
 
 def test_cached_latents_give_the_losses_of_the_autoencoder(run, command, images64, tmp_path):
