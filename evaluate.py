@@ -26,7 +26,7 @@ from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
 from folders import few
 from metrics import KID_SUBSETS
-from runtime import Parser, check_gpu, check_range, keep_group, run_command
+from runtime import Parser, check_gpu, check_range, keep_group, run_command, store_of_attempt
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -257,7 +257,7 @@ def say_times(sides):
 def evaluate(args):
     check_settings(args)
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt())
     device = state.device
     check_gpu(device)
     torch.backends.cudnn.allow_tf32 = False  # features are the same on every GPU but for rounding

@@ -152,7 +152,12 @@ def save_state(path, parameters, averages, optimizer, kept, description):
     save_safetensors(path, tensors, description | {"format": STATE, "updates": updates})
 
 
-def keep_newest(folder, count):
-    """Delete all but the `count` newest states."""
-    for path in states_of(folder)[count:]:
-        os.unlink(path)
+def keep_newest(path, count):
+    """Beside the state at `path`, the last to be written, keep the `count - 1` before it.
+
+    Those of later steps go, too: the run was taken up again before them.
+    """
+    states = states_of(path.parent.parent)
+    mine = states.index(path)
+    for other in states[:mine] + states[mine + count :]:
+        os.unlink(other)

@@ -27,7 +27,17 @@ from tqdm import tqdm
 
 from finetune import store_frozen
 from pictures import class_folders
-from runtime import Parser, check_gpu, check_range, compute_type, keep_group, on_main, run_command, sha256
+from runtime import (
+    Parser,
+    check_gpu,
+    check_range,
+    compute_type,
+    keep_group,
+    on_main,
+    run_command,
+    sha256,
+    store_of_attempt,
+)
 from sample_store import FORMATS, Store, Writer
 from sampling import sample_keyed, to_uint8
 from sampling_options import add_options, check_images, check_options, guidance_of, load_model
@@ -159,7 +169,7 @@ def fill(store, args, generate, batch_size, rank, world):
 
 def sample(args):
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt(), timeout=timedelta(days=7))
     device, rank, world = state.device, state.process_index, state.num_processes
     check_gpu(device)
     if world > args.num_fid_samples:

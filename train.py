@@ -289,7 +289,7 @@ def save(args, run, adapter):
             write_adapter(args, run)
         path = run.folder / f"states/{step:07d}.safetensors"  # the last to be written: what has a state has its adapter
         runs.save_state(path, run.parameters, run.ema.average, run.optimizer, run.watch.kept, description | state)
-        runs.keep_newest(run.folder, args.keep_states)
+        runs.keep_newest(path, args.keep_states)
 
     on_main(run.accelerator, write)
     run.watch.pause(time.perf_counter() - begun)

@@ -41,16 +41,14 @@ class Watch:
     def __init__(self, accelerator, folder, batches, data, kept=None, stop=True, most_unreadable=0):
         self.accelerator, self.folder, self.batches, self.data = accelerator, folder, batches, data
         self.main, self.stop, self.most_unreadable = accelerator.is_main_process, stop, most_unreadable
-        start, steps = batches.start_step, batches.max_steps
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not self.main)
         self.terms, self.norms = [], []  # of steps on the device: (4, n) and scalars, see steps.backward
         self.kept = kept or NOTHING  # of earlier steps of this row: (S, 4, B), (S,)
-        self.first = start - len(self.kept["norms"])  # the step that kept begins with
+        self.first = batches.start_step - len(self.kept["norms"])  # the step that kept begins with
         self.replaced = set()  # numbers of images that this process could not read, since the last row
         self.unreadable = set()  # of all processes, ever
         self.paused = 0.0
         self.since = time.perf_counter()
-        self.timed = start
+        self.timed = batches.start_step
         on_main(accelerator, self.trim)
 
     def trim(self):
@@ -72,14 +70,15 @@ class Watch:
         append(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def over(self, loader):
-        """The loader's batches; bar and workers end with them, also where one cannot be read, before that is said.
+        """The loader's batches; the bar begins with them, bar and workers end with them, before an error is said.
 
         The workers are deaf to SIGTERM (`Signals.leave_to_parent`), with which Python would end them, and wait for them,
         when it exits itself.
         """
         batches = iter(loader)
+        steps = dict(total=self.batches.max_steps, initial=self.batches.start_step, unit="step")
         try:
-            with self.bar:
+            with tqdm(**steps, disable=not self.main) as self.bar:
                 yield from batches
         finally:
             if loader.num_workers:

@@ -134,6 +134,16 @@ def test_the_newest_states_are_kept(unbroken, command, flags):
     assert len(list((flags.root / "kept/adapters").iterdir())) == 8
 
 
+def test_an_older_state_begins_a_new_branch(unbroken, command, flags):
+    folder = flags.root / "branch"
+    shutil.copytree(unbroken, folder)
+    more = ["--resume", folder / "states/0000003.safetensors", "--max-steps", 4, "--keep-states", 2]
+    assert command(train.main, *flags("branch", *more)).code == 0
+    assert [path.stem for path in runs.states_of(folder)] == ["0000004", "0000003"]
+    assert command(train.main, *flags("branch")).code == 0
+    assert_same_outcome(folder, unbroken)
+
+
 def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_path):
     shutil.copytree(unbroken, flags.root / "changed")
     result = command(train.main, *flags("changed", "--max-steps", 9, "--lr", 0.5))

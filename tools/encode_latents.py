@@ -28,7 +28,7 @@ from autoencoder import load_autoencoder
 from data import ImageData
 from folders import few
 from hierarchy import Hierarchy
-from runtime import Parser, check_gpu, named, run_command
+from runtime import Parser, check_gpu, named, run_command, store_of_attempt
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -158,7 +158,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt())
     check_gpu(state.device)
     if args.hierarchy:
         hierarchy = Hierarchy.load(args.hierarchy)
