@@ -26,7 +26,8 @@ def run_command(main):
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         text = f"{error.filename or 'The disk'} cannot be used ({error.strerror}): check it or choose another path."
-    print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # a file may have put anything in it
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
