@@ -334,7 +334,7 @@ def test_signals_to_torchrun(run, cases, figure):
     signals, draw, folder, step = ("SIGUSR1", "SIGTERM", "SIGINT", "SIGUSR2"), random.Random(0), run.root / "asked", 0
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
     seldom = "--ckpt-every", 9999
-    count, rows = cases(2, full=20), folder / "metrics.jsonl"
+    count, rows = cases(1, full=20), folder / "metrics.jsonl"
     for number in range(count):
         with torchrun(run, "asked", 9999, "--signals-to-handle", handled, more=seldom) as process:
             waited(process, lines, rows, count=len(lines(rows)) + draw.randrange(1, 9))
@@ -361,7 +361,7 @@ def test_an_error_nobody_foresaw_ends_the_process(run):
 
 @pytest.mark.reliability("R6", "workers killed under torchrun --max-restarts 3: the run finishes, same bits")
 def test_lost_workers(run, cases, figure):
-    wanted, draw, lost, launches, steps = cases(2, full=20), random.Random(0), 0, 0, 80
+    wanted, draw, lost, launches, steps = cases(1, full=20), random.Random(0), 0, 0, 80
     plain = "--preview-images", 0
     assert worst(run("undisturbed", steps, *plain, world=2)) == 0
     expected = outcome(run.root / "undisturbed")

@@ -336,6 +336,7 @@ def runs(tmp_path):
                 "image_size": 8,
                 "latent_size": 8,
                 "channels": 3,
+                "vae": "none",
                 "base": None,
                 "step": step,
             }
