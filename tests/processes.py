@@ -3,6 +3,7 @@
 codes = launch(train.main, flags, tmp_path, world=2, prepare=lambda rank: rank == 1 and die_at(7))
 """
 
+import faulthandler
 import os
 import signal
 import socket
@@ -48,7 +49,7 @@ def launch(main, flags, folder, world=1, prepare=None, kill=None, patience=0.0):
         for child in doomed:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
-    assert time.monotonic() - begun <= LONGEST + patience, f"{main.__module__} hung"
+    assert time.monotonic() - begun <= LONGEST + patience, f"{main.__module__} hung, see {folder}/err*"
     return codes
 
 
@@ -60,6 +61,7 @@ def work(main, flags, folder, world, rank, port, prepare):
             file = open(folder / f"{name}{rank}", "w", buffering=1)
             os.dup2(file.fileno(), number)
             setattr(sys, f"std{name}", file)
+        faulthandler.dump_traceback_later(LONGEST - 5)  # where it hangs, to stderr
         if world > 1:
             os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             os.environ |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
