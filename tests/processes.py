@@ -8,10 +8,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
 from accelerate.state import AcceleratorState, GradientState
+from tqdm import tqdm
 
 import runtime
 
@@ -67,6 +69,9 @@ def work(main, flags, folder, world, rank, port, prepare):
             os.environ |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        tqdm.set_lock(
+            threading.RLock()
+        )  # forks share the one they inherit: one that is killed in it would stop all others
         sys.argv = [f"{main.__module__.rsplit('.', 1)[-1]}.py", *map(str, flags)]
         if prepare:
             prepare(rank)
