@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from folders import few, list_files, sorted_as_text
+from folders import list_files, sorted_as_text
 from hierarchy import Hierarchy
 from latents import NPY_HEADER, chunk_hash, chunk_rows, chunk_span, damaged, read_names, read_sealed, shape_of
-from runtime import sha256
+from runtime import few, sha256
 
 # ---- which images, which labels ------------------------------------------------------------------
 

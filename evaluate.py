@@ -24,9 +24,8 @@ from evaluation.image_sets import check_sides, choose_hierarchy, doubts, open_se
 from evaluation.measure import SAMPLE, Networks, float64_device, make_plan, measure, moments_name
 from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
-from folders import few
 from metrics import KID_SUBSETS
-from runtime import Parser, check_gpu, check_range, keep_group, run_command, store_of_attempt
+from runtime import Parser, check_gpu, check_range, few, keep_group, run_command, store_of_attempt
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")

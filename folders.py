@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime import few
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
 INAT_RANKS = ("number", "kingdom", "phylum", "class", "order", "family", "genus", "epithet")
 INAT_NAME = re.compile(r"\d+(_[^_]+){7}")
@@ -18,13 +20,6 @@ INAT_FOLDERS = ("train_mini", "train", "val")
 VEGFRU_FOLDERS = ("veg200_images", "fru92_images")
 VEGFRU_LISTS = "vegfru_list"
 VEGFRU_FILE = re.compile(r"([vf]_\d+)_\d+_\d+\.\w+")
-
-
-def few(names, limit: int = 3) -> str:
-    """'a', 'b', 'c' and 7 more"""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + rest
 
 
 def entries(path) -> list[os.DirEntry]:

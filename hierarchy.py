@@ -27,7 +27,6 @@ from folders import (
     annotation_names,
     check_once,
     class_folders,
-    few,
     image_root,
     inat_superclass,
     is_inat,
@@ -37,6 +36,7 @@ from folders import (
     unpacked,
     vegfru_prefixes,
 )
+from runtime import few
 
 BUILT_IN = Path(__file__).resolve().parent / "hierarchies"
 MOST_CLASSES = 1 << 20

@@ -31,6 +31,13 @@ def run_command(main):
     raise SystemExit(2)
 
 
+def few(names, show=repr, most=3):
+    """'a', 'b', 'c' and 7 more"""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(show, names[:most])) + rest
+
+
 class Parser(argparse.ArgumentParser):
     """One to whom a flag that is unknown or no number is a user's mistake like others: one line, without the usage."""
 

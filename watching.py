@@ -14,8 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from folders import few
-from runtime import append, on_main, write_whole
+from runtime import append, few, on_main, write_whole
 from steps import TIMESTEPS
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # --report-to: the package that has it

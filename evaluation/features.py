@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from pickles import GET, check_file, read_tensors
+from pickles import GET, check_file, check_finite, read_tensors
 from runtime import sha256
 
 RESIZES = {
@@ -102,11 +102,7 @@ def read_weights(path):
         tensors = load_file(path) if ours else read_tensors(path, ("state_dict", "model"))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad:
-        raise ValueError(
-            f"{path} has numbers in {bad[0]} that are not finite, expected finite weights: download it again."
-        )
+    check_finite(tensors, path)
     return tensors
 
 

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 import pictures
 from data import UnreadableImage, center_crop, list_images, to_rgb
 from evaluation.npz_sets import Arrays, Statistics, npz_members
-from folders import class_folders, few, is_image, is_vegfru, subfolders, visible
+from folders import class_folders, is_image, is_vegfru, subfolders, visible
 from hierarchy import Hierarchy
+from runtime import few
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 

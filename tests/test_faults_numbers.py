@@ -19,9 +19,9 @@ import steps
 import train
 from autoencoder import Autoencoder
 from data import ImageData, StepBatches
-from folders import few
 from hierarchy import Hierarchy
 from latents import NPY_HEADER, chunk_hash, item_bytes, read_sealed, write_sealed
+from runtime import few
 from tools import encode_latents
 
 FLAGS = (

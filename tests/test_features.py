@@ -164,7 +164,7 @@ class Trap:
         (pickle.dumps({"fc.bias": Trap()}, protocol=2), ["holds pickled code"]),
         ([1, 2], ["holds list", "expected tensors by name"]),
         ({}, ["holds dict"]),
-        ({"fc.bias": torch.tensor([1.0, torch.nan])}, ["fc.bias", "not finite"]),
+        ({"fc.bias": torch.tensor([1.0, torch.nan])}, ["not finite in fc.bias"]),
     ],
 )
 def test_files_that_are_no_weights(tmp_path, content, words, capsys):

@@ -21,9 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import ImageData, to_rgb
-from folders import few
 from hierarchy import Hierarchy
-from runtime import Parser, run_command, sha256, write_whole
+from runtime import Parser, few, run_command, sha256, write_whole
 
 UNREADABLE = {  # finding: what a training makes of such an image
     "unreadable": "no image, or damaged: the next of its class is shown",

@@ -26,9 +26,8 @@ from tqdm import tqdm
 import latents
 from autoencoder import load_autoencoder
 from data import ImageData
-from folders import few
 from hierarchy import Hierarchy
-from runtime import Parser, check_gpu, named, run_command, store_of_attempt
+from runtime import Parser, check_gpu, few, named, run_command, store_of_attempt
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from data import center_crop
 from evaluation.image_sets import Folder
-from folders import few
 from pictures import caption
-from runtime import check_gpu
+from runtime import check_gpu, few
 from sampling import sample_keyed, to_uint8
 from sampling_options import guidance_of, load_model
 

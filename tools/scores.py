@@ -9,9 +9,8 @@ import torch
 import checkpoint
 from evaluation.reports import flat
 from finetune import METHODS, select
-from folders import few
 from hierarchy import Hierarchy
-from runtime import sha256
+from runtime import few, sha256
 
 FORMATS = {  # key of a figure: its name, how it is written, which way is better
     "fid": ("FID", "{:.3f}", "lower"),
