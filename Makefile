@@ -21,7 +21,7 @@ test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
 
 torture: .venv/installed
-	$(PY) -m pytest -q -n 2 --dist loadfile -m reliability --torture --figures benchmarks/reliability.md
+	$(PY) -m pytest -q -n 2 --dist loadfile -m reliability --torture --figures=benchmarks/reliability.md
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from conftest import random_dit
 from safetensors.torch import save_file
-from test_data import bomb, write_latents
+from test_data import bomb
+from test_latents import write_latents
 
 import checkpoint
 import latents

@@ -6,7 +6,8 @@
             ...
         figure(f"{found} of {count}")
 
-A row without a figure of its own counts its tests.
+A row without a figure of its own counts its tests. Write --figures=FILE: where FILE is a word of its own and there is one,
+pytest takes it for tests, of which it reads the options before it knows these.
 """
 
 import os

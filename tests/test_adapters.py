@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import PARENTS, TinyDiT, golden, refusal, same
+from tiny import PETS, TinyDiT, golden, refusal, same
 
 from checkpoint import (
     TABLE,
@@ -24,7 +24,6 @@ from models import DiT_models
 from runs import DECISIVE, check_same_run, load_base_of, load_state, newest_good, save_state
 from runtime import sha256
 
-PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PARENTS, "pets")
 KEPT = {"terms": torch.arange(24.0).view(2, 4, 3), "norms": torch.ones(2)}
 VETS = Hierarchy(PETS.classes, PETS.superclasses, [0, 0, 0, 1, 1], "vets")
 

@@ -10,16 +10,14 @@ import threading
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import PARENTS, TinyDiT, awake, golden, refusal, same
+from tiny import PETS, TinyDiT, awake, golden, refusal, same
 
 import checkpoint
 from checkpoint import TABLE, build, find, load, read, start
 from finetune import kind_of
-from hierarchy import Hierarchy
 from models import DiT_models
 from runtime import sha256, write_whole
 
-PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PARENTS, "pets")
 PLAIN = {key.removeprefix("state/"): value for key, value in golden("plain_dit")[0].items() if "state/" in key}
 TINY = {"model": "tiny", "latent_size": 8, "channels": 4, "hierarchy": PETS, "method": "finediffusion"}
 

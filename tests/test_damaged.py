@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_data import NAMES, PETS, write_latents
-from tiny import TinyDiT, awake, refusal, same
+from test_latents import NAMES, write_latents
+from tiny import THREE_PETS, TinyDiT, awake, refusal, same
 
 import checkpoint
 import latents
@@ -100,7 +100,9 @@ class Case:
 
 def described(model="tiny", **changes):
     about = dict(image_size=64, latent_size=8, channels=4, vae="mse", method="finediffusion", embedder="tiered")
-    about |= dict(model=model, hierarchy=PETS, data="abc", settings=dict.fromkeys(runs.DECISIVE), base=None, step=7)
+    about |= dict(
+        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(runs.DECISIVE), base=None, step=7
+    )
     return about | changes
 
 
@@ -133,8 +135,8 @@ def plain(path, seed=0):
 def statistics(path):
     generator = torch.Generator().manual_seed(0)
     gaussian = Gaussian(9, torch.randn(6, generator=generator).double(), torch.eye(6).double())
-    everything = {name: gaussian for name in (None, *PETS.superclasses)}
-    save_statistics(path, everything, {"network": {"name": "x"}, "crop": 8}, PETS)
+    everything = {name: gaussian for name in (None, *THREE_PETS.superclasses)}
+    save_statistics(path, everything, {"network": {"name": "x"}, "crop": 8}, THREE_PETS)
     return path
 
 

@@ -1,5 +1,4 @@
 import io
-import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -9,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import THREE_PETS
 
-import latents
 from data import (
     ImageData,
-    LatentData,
     StepBatches,
     UnreadableImage,
     center_crop,
@@ -26,7 +24,6 @@ from data import (
 from hierarchy import Hierarchy
 
 GOLDEN = Path(__file__).parent / "golden"
-PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
 VEGFRU = [
     "veg200_images/carrot/v_13_01_0001.jpg",
     "veg200_images/carrot/v_13_01_0002.jpg",
@@ -65,7 +62,7 @@ def test_one_level_is_sorted_and_labelled_by_the_hierarchy(tmp_path):
 
 def test_two_levels_take_the_superclass_from_the_hierarchy(tmp_path):
     make(tmp_path, "cats/manx/1.jpg", "dogs/pug/1.jpg", "dogs/beagle/1.jpg")
-    for h in (PETS, Hierarchy(PETS.classes, ("a", "b"), [0, 0, 1])):
+    for h in (THREE_PETS, Hierarchy(THREE_PETS.classes, ("a", "b"), [0, 0, 1])):
         paths, labels = list_images(tmp_path, h)
         assert relative(paths, tmp_path)[0] == "dogs/beagle/1.jpg" and labels.tolist() == [0, 1, 2]
     paths, labels = list_images(tmp_path, Hierarchy.load(tmp_path))
@@ -86,7 +83,7 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
         "hierarchy.json",
         ".DS_Store",
     )
-    assert list_images(tmp_path, PETS)[1].tolist() == [0, 1, 2]
+    assert list_images(tmp_path, THREE_PETS)[1].tolist() == [0, 1, 2]
 
 
 def test_inaturalist_as_it_unpacks_by_name_and_by_number(tmp_path):
@@ -140,25 +137,25 @@ def test_vegfru_folder_means_its_train_list_and_a_list_means_itself(tmp_path):
 def test_folders_that_do_not_fit(files, words, tmp_path):
     make(tmp_path, *files)
     with pytest.raises(ValueError, match=words):
-        list_images(tmp_path, PETS)
+        list_images(tmp_path, THREE_PETS)
 
 
 def test_missing_path_and_file(tmp_path):
     with pytest.raises(ValueError, match="no image folder .*nowhere"):
-        list_images(tmp_path / "nowhere", PETS)
+        list_images(tmp_path / "nowhere", THREE_PETS)
     make(tmp_path, "1.jpg", "list.txt")
     for name in ("1.jpg", "list.txt"):
         with pytest.raises(ValueError, match="is a file; expected a folder"):
-            list_images(tmp_path / name, PETS)
+            list_images(tmp_path / name, THREE_PETS)
 
 
 def test_check_counts():
-    check_counts(PETS, 3, 2)
-    check_counts(PETS, None, None)
+    check_counts(THREE_PETS, 3, 2)
+    check_counts(THREE_PETS, None, None)
     with pytest.raises(ValueError, match="--num-classes is 1000, but pets has 3"):
-        check_counts(PETS, 1000, 2)
+        check_counts(THREE_PETS, 1000, 2)
     with pytest.raises(ValueError, match="--num-super-classes is 11, but pets has 2"):
-        check_counts(PETS, 3, 11)
+        check_counts(THREE_PETS, 3, 11)
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -204,7 +201,7 @@ def images(root):
 
 
 def test_image_data_items_depend_on_the_index_alone(tmp_path):
-    data = ImageData(images(tmp_path), PETS, 8)
+    data = ImageData(images(tmp_path), THREE_PETS, 8)
     assert len(data) == 5 and data.labels.tolist() == [0, 0, 0, 1, 2]
     image, label, shown = data[1]
     assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == 0 and shown == 1
@@ -214,16 +211,19 @@ def test_image_data_items_depend_on_the_index_alone(tmp_path):
     names = ["beagle/1.png", "beagle/2.png", "beagle/3.png", "manx/1.png", "pug/1.png"]
     assert [data.name(i) for i in range(5)] == names
     with pytest.raises(ValueError, match="--image-size is 0"):
-        ImageData(tmp_path, PETS, 0)
+        ImageData(tmp_path, THREE_PETS, 0)
 
 
 def test_the_fingerprint_is_of_names_and_labels(tmp_path):
     here, there = images(tmp_path / "here"), images(tmp_path / "there")
-    before = ImageData(here, PETS, 8).fingerprint
-    assert before == ImageData(there, PETS, 16).fingerprint
-    assert before != ImageData(here, Hierarchy(PETS.classes[::-1], PETS.superclasses, [1, 0, 1]), 8).fingerprint
+    before = ImageData(here, THREE_PETS, 8).fingerprint
+    assert before == ImageData(there, THREE_PETS, 16).fingerprint
+    assert (
+        before
+        != ImageData(here, Hierarchy(THREE_PETS.classes[::-1], THREE_PETS.superclasses, [1, 0, 1]), 8).fingerprint
+    )
     (there / "pug/1.png").rename(there / "pug/2.png")
-    assert before != ImageData(there, PETS, 8).fingerprint
+    assert before != ImageData(there, THREE_PETS, 8).fingerprint
 
 
 def test_what_is_passed_over_is_told(tmp_path):
@@ -231,18 +231,18 @@ def test_what_is_passed_over_is_told(tmp_path):
     (tmp_path / "manx/gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "manx/circle.jpg").symlink_to("circle.jpg")
     (tmp_path / "circle").symlink_to("circle")
-    data = ImageData(tmp_path, PETS, 8)
+    data = ImageData(tmp_path, THREE_PETS, 8)
     ignored = [".DS_Store", "manx.jpg", "manx/circle.jpg", "manx/gone.jpg", "manx/notes.txt"]
     assert data.ignored == [*ignored, "pug/._1.jpg", "pug/.ipynb_checkpoints"]
     assert data.warnings == ["Passed over as no images: 7 ('.DS_Store', 'manx.jpg', 'manx/circle.jpg' and 4 more)."]
-    assert ImageData(images(tmp_path / "pets"), PETS, 8).warnings == []
+    assert ImageData(images(tmp_path / "pets"), THREE_PETS, 8).warnings == []
 
 
 @pytest.mark.parametrize("link", ["loop", "manx/loop"])
 def test_a_link_to_a_folder_above_ends_in_a_sentence(link, tmp_path):
     (images(tmp_path) / link).symlink_to(tmp_path)
     with pytest.raises(ValueError, match="has folders in it and"):
-        list_images(tmp_path, PETS)
+        list_images(tmp_path, THREE_PETS)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_numbers_without_padding_are_warned_of(names, count, tmp_path):
 def test_a_line_break_in_a_name_is_refused(tmp_path):
     make(images(tmp_path), "pug/a\nb.jpg")
     with pytest.raises(ValueError, match=r"line break in the path of 1 of its images \('pug/a\\nb.jpg'\)"):
-        ImageData(tmp_path, PETS, 8)
+        ImageData(tmp_path, THREE_PETS, 8)
 
 
 # ---- images that cannot be read ------------------------------------------------------------------
@@ -309,12 +309,12 @@ def first_batch(data, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_next_of_its_class_stands_for_a_bad_image(workers, tmp_path):
-    whole = ImageData(images(tmp_path), PETS, 8)
+    whole = ImageData(images(tmp_path), THREE_PETS, 8)
     expected = [whole[i] for i in range(5)]
     for bad, shown in (({0}, [1, 1, 2, 3, 4]), ({1, 2}, [0, 0, 0, 3, 4]), ({0, 2}, [1, 1, 1, 3, 4])):
         for i in bad:
             (tmp_path / whole.name(i)).write_bytes(b"")
-        data = ImageData(tmp_path, PETS, 8)
+        data = ImageData(tmp_path, THREE_PETS, 8)
         x, y, indices = first_batch(data, workers)
         assert indices.tolist() == shown and y.tolist() == [0, 0, 0, 1, 2]
         assert torch.equal(x, torch.stack([expected[j][0] for j in shown]))
@@ -327,7 +327,7 @@ def test_a_class_without_a_readable_image_is_named(workers, tmp_path):
     images(tmp_path)
     for i in (1, 2, 3):
         (tmp_path / f"beagle/{i}.png").write_bytes(b"no image")
-    data = ImageData(tmp_path, PETS, 8)
+    data = ImageData(tmp_path, THREE_PETS, 8)
     words = (
         r"^None of the 3 images of class folder .*/beagle can be read \(Cannot read .*\), expected at least one: .*\.$"
     )
@@ -374,82 +374,6 @@ def test_a_large_png_is_not_shrunk_in_decoding(tmp_path):
     picture = photograph(600, 500)
     picture.save(tmp_path / "image.png")
     assert np.array_equal(np.asarray(read_crop(tmp_path / "image.png", 64)), np.asarray(center_crop(picture, 64)))
-
-
-# ---- latents -------------------------------------------------------------------------------------
-
-NAMES = ["beagle/1.png", "beagle/2.png", "manx/ü\r\u2028.png", "pug/\udcff.png"]  # the last is no UTF-8
-
-
-def write_latents(root, seed=0, **change):
-    """Latents of 4 images in 2 chunks; the second image could not be read."""
-    moments = np.random.default_rng(seed).standard_normal((4, 2, 8, 3, 3)).astype(np.float16)
-    info = dict(images=4, flips=2, channels=4, size=3, chunk=3, hierarchy=PETS.to_dict(), image_list="abc") | change
-    root.mkdir(exist_ok=True)
-    latents.create_moments(root, info)
-    np.save(root / "moments.npy", moments)
-    hashes = [latents.chunk_hash(root, info, k) for k in range(2)]
-    latents.write_rest(root, info, NAMES, torch.tensor([0, 0, 1, 2]), hashes, skipped=[(1, 0)])
-    return moments
-
-
-def test_latent_data_reads_what_was_written(tmp_path):
-    moments = write_latents(tmp_path)
-    data = LatentData(tmp_path, PETS)
-    assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2] and data.fingerprint == "abc"
-    assert [data.name(i) for i in range(4)] == NAMES
-    item, label, shown = data[2]
-    assert item.dtype == torch.float16 and label == 1 and shown == 2
-    assert torch.equal(item, torch.from_numpy(moments[2]))
-    item.zero_()  # a copy, not the file
-    assert torch.equal(data[2][0], torch.from_numpy(moments[2]))
-    assert data[1][2] == 0  # the image that stands for it
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_latent_data_gives_whole_batches(workers, tmp_path):
-    moments = write_latents(tmp_path)
-    rows = [[3, 0], [1, 2], [2, 2]]
-    data = LatentData(tmp_path)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=rows, collate_fn=collate, num_workers=workers)
-    for wanted, (x, y, shown) in zip(rows, loader, strict=True):
-        assert torch.equal(x, torch.from_numpy(moments[wanted])) and y.tolist() == data.labels[wanted].tolist()
-        assert shown.tolist() == [i - (i == 1) for i in wanted]
-
-
-def test_latent_data_does_not_pickle_its_array(tmp_path):
-    write_latents(tmp_path)
-    data = LatentData(tmp_path)
-    assert data[3][0].abs().max() > 0
-    np.save(tmp_path / "moments.npy", np.zeros((4, 2, 8, 3, 3), np.float16))
-    assert pickle.loads(pickle.dumps(data))[3][0].abs().max() == 0
-
-
-def test_latent_data_of_another_format_or_hierarchy_or_unfinished(tmp_path):
-    write_latents(tmp_path)
-    LatentData(tmp_path, PETS)
-    with pytest.raises(ValueError, match="labelled by another hierarchy"):
-        LatentData(tmp_path, Hierarchy(PETS.classes, PETS.superclasses, [0, 1, 1]))
-    write_latents(tmp_path, format="other")
-    with pytest.raises(ValueError, match="latents.json is of format 'other', expected 'finediffusion-latents-2'"):
-        LatentData(tmp_path)
-    (tmp_path / "latents.json").unlink()
-    with pytest.raises(ValueError, match="holds no latents.json"):
-        LatentData(tmp_path)
-
-
-def test_ranks_share_the_verification(tmp_path):
-    write_latents(tmp_path)
-    content = bytearray((tmp_path / "moments.npy").read_bytes())
-    content[-1] ^= 1  # in chunk 1, the last image
-    (tmp_path / "moments.npy").write_bytes(content)
-    data = LatentData(tmp_path)
-    data.verify(0, 2)
-    for rank, world in ((1, 2), (0, 1)):
-        with pytest.raises(
-            ValueError, match=r"moments.npy is not as it was written in images 3 to 3 .*encode the images"
-        ):
-            data.verify(rank, world)
 
 
 # ---- the order of a training ---------------------------------------------------------------------
@@ -509,7 +433,7 @@ def test_batches_that_cannot_be(arguments, words):
 
 
 def test_loader_with_workers_gives_the_batches(tmp_path):
-    data = ImageData(images(tmp_path), PETS, 8)
+    data = ImageData(images(tmp_path), THREE_PETS, 8)
     batches = StepBatches(5, 2, seed=0, max_steps=3)
     loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1, collate_fn=collate)
     found = [(y.tolist(), shown.tolist()) for _, y, shown in loader]

@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hierarchy import Hierarchy
 from models import DiT
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 SOURCES = sorted(path for folder in (".", "diffusion", "evaluation", "tools") for path in (ROOT / folder).glob("*.py"))
 PARENTS = [0, 1, 0, 1, 1]  # of 5 classes under 2 superclasses
+PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PARENTS, "pets")
+THREE_PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
 TinyDiT = partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4)  # the golden files' size
 tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, parents=PARENTS)
 
