@@ -5,14 +5,13 @@ losses of the row of metrics that was begun, and in its description the step, th
 and the settings. There are no random states to keep: everything random is a function of the seed and the step.
 """
 
-import fcntl
 import os
-import weakref
 from pathlib import Path
 
 import torch
 
 from checkpoint import STATE, base_weights, check_file, load, read, save_safetensors
+from runtime import Lock
 
 KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, each by parameter name
 # flags that decide the numbers of a run; another batch split, number of processes or length gives the same ones
@@ -47,23 +46,12 @@ def states_of(folder):
 
 
 def lock(folder):
-    """Keep other launches out of the folder while the returned file, its log, is open; clear away what a kill left half-written.
-
-    ValueError where another process has it.
-    """
+    """Keep other launches out of the folder, see `Lock`, and clear away what a kill left half-written in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "log.txt", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"Another process is training in {folder}, expected one at a time: wait for it or choose another --experiment."
-        ) from None
-    held = weakref.ref(file)  # the workers of a DataLoader outlive a killed process for seconds: without its lock
-    os.register_at_fork(after_in_child=lambda: held() and held().close())
+    held = Lock(folder / "log.txt", "training in", "--experiment")
     for part in (*folder.rglob(".*.part"), *folder.rglob(".tmp??????")):  # ours, and those of safetensors' writer
         part.unlink()
-    return file
+    return held
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import argparse
 import atexit
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
 import signal
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +98,35 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Lock:
+    """Keeps other launches from a folder, or a file that is made, until it is closed or this process has ended.
+
+    `doing`, `choose`: for the ValueError where another process has it: what that does there, and the flag that names
+    another place. Where a file system knows no locks nobody is kept away.
+    """
+
+    def __init__(self, path, doing, choose):
+        self.handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        held = weakref.ref(self)  # the workers of a DataLoader outlive a killed process for seconds: without its lock
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            folder = path if path.is_dir() else path.parent
+            raise ValueError(
+                f"Another process is {doing} {folder}, expected one at a time: wait for it or choose another {choose}."
+            ) from None
+        except OSError:
+            pass
+
+    def close(self):
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+    __del__ = close
 
 
 def sha256(path):

@@ -9,7 +9,6 @@ A picture is there when its PNG is whole and its row has its hash: no list is ke
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime import named, write_whole
+from runtime import Lock, named, write_whole
 
 FORMATS = ("png", "npz", "both")
 DIGEST = 8  # bytes
@@ -61,16 +60,7 @@ class Store:
         self.check_settings(settings)
         self.check_room()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process is sampling into {self.folder}, expected one launch at a time: wait for it or choose another "
-                "--name."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        self.lock = Lock(self.folder, "sampling into", "--name")
         self.check_settings(settings)  # again: nobody but this process changes them now
         path = self.folder / "settings.json"
         if not path.exists():
@@ -126,9 +116,8 @@ class Store:
 
     def close(self):
         """Let other launches in."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if self.lock:
+            self.lock.close()
 
     # ---- meanwhile: by every process -------------------------------------------------------------
 

@@ -365,3 +365,20 @@ def test_two_samplings(adapter, tmp_path, cases, figure):
         for path in tmp_path.glob("here*"):
             path.unlink()
     figure(f"{count} of {count}")
+
+
+@pytest.mark.reliability(
+    "R12", "two launches of tools.encode_latents into one folder: one is refused, one is as if alone"
+)
+def test_two_encodings(images, tmp_path, cases, figure):
+    count = cases(2, full=10)
+    flags = "--vae", "none", "--image-size", 8, "--num-workers", 1, "--data-path", images, "--out"
+    assert worst(launch(encode_latents.main, [*flags, tmp_path / "alone"], tmp_path)) == 0
+    for case in range(count):
+        out = tmp_path / str(case)
+        codes = launch(encode_latents.main, [*flags, out], tmp_path, **together(tmp_path, encode_latents, "prepare"))
+        check_one_refused(codes, tmp_path, "encode_latents.py", "Another process is encoding into")
+        assert list(tree(out).values()) == list(tree(tmp_path / "alone").values())
+        for path in tmp_path.glob("here*"):
+            path.unlink()
+    figure(f"{count} of {count}")

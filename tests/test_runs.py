@@ -1,5 +1,6 @@
 """A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import tree
 from tensorboard.backend.event_processing import event_accumulator
-from tiny import same
+from tiny import refusal, same
 
 import checkpoint
 import runs
@@ -199,3 +200,21 @@ def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
     rows = [json.loads(line) for line in (flags.root / "tracked/metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert [event.step for event in events.Images("samples")] == [3, 4]
+
+
+def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
+    for path in (tmp_path, tmp_path / "log.txt"):
+        held = runtime.Lock(path, "at work in", "--out")
+        with refusal(f"Another process is at work in {tmp_path}, expected", "choose another --out"):
+            runtime.Lock(path, "at work in", "--out")
+        held.close()
+        runtime.Lock(path, "at work in", "--out").close()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runtime.fcntl, "flock", unsupported)
+    first, second = (runtime.Lock(tmp_path, "at work in", "--out") for _ in range(2))
+    assert first.handle != second.handle

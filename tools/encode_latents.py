@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import shutil
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import latents
 from autoencoder import load_autoencoder
 from data import ImageData
 from hierarchy import Hierarchy
-from runtime import Parser, check_gpu, few, named, run_command, store_of_attempt
+from runtime import Lock, Parser, check_gpu, few, named, run_command, store_of_attempt
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -50,15 +51,16 @@ def describe(data, hierarchy, autoencoder, args):
 
 
 def prepare(out, info):
-    """Room for all moments, or the files of an earlier start with the same `info`, finished or not."""
+    """Room for all moments, or the files of an earlier start with the same `info`, finished or not -> the folder's `Lock`."""
     for path in (out / "latents.json", out / "begun.json"):
         found = latents.read_sealed(path) if path.is_file() else info
         if found | info != found:
             raise ValueError(
                 f"{path} tells of latents of other images or settings: choose another --out, or remove that folder."
             )
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out, "encoding into", "--out")
     if not any((out / name).is_file() for name in ("latents.json", "begun.json")):
-        out.mkdir(parents=True, exist_ok=True)
         need, free = info["images"] * latents.item_bytes(info), shutil.disk_usage(out).free
         if need > free:
             raise ValueError(f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: choose another --out.")
@@ -66,6 +68,7 @@ def prepare(out, info):
         (out / "done").mkdir()
         latents.create_moments(out, info)
         latents.write_sealed(out / "begun.json", info)
+    return lock
 
 
 def done(out, k):
@@ -166,15 +169,14 @@ def main(argv=None):
     data = ImageData(args.data_path, hierarchy, args.image_size)
     autoencoder = load_autoencoder(args.vae, state.device)
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
-    if state.is_main_process:
-        prepare(out, info)
-    state.wait_for_everyone()
-    if not (out / "latents.json").is_file():
-        share = state.process_index, state.num_processes, state.device
-        encode(data, autoencoder, out, info, *share, args.batch_size, args.num_workers)
+    with closing(prepare(out, info)) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
-        if state.is_main_process:
-            finish(out, info, data)
+        if not (out / "latents.json").is_file():
+            share = state.process_index, state.num_processes, state.device
+            encode(data, autoencoder, out, info, *share, args.batch_size, args.num_workers)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                finish(out, info, data)
     if state.is_main_process:
         report(out, data, hierarchy)
 
