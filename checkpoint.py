@@ -256,14 +256,14 @@ def base_weights(base, needed_by, path=None):
     path = find(path or base["path"])
     if not path.is_file():
         raise ValueError(
-            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there or, to "
-            "sample or export, pass it as --base."
+            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there, or pass it "
+            "as --base (train.py: --resume)."
         )
     found = sha256(path)
     if found != base["sha256"]:
         raise ValueError(
-            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): put it "
-            "back or, to sample or export, pass the file it was trained from as --base."
+            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): pass the "
+            "file it was trained from as --base (train.py: --resume)."
         )
     return whole(path)[0]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import STATE, base_weights, check_file, load, read, save_safetensors
+from checkpoint import STATE, base_weights, check_file, description_of, load, read, save_safetensors
 from runtime import Lock
 
 KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, each by parameter name
@@ -26,12 +26,12 @@ DECISIVE = (
 
 def place(results_dir, experiment, resume, default_name):
     """(folder of the run, its states from new to old); `resume`: --resume, where it names a state or a run folder."""
-    resume = Path(resume) if resume else None
+    resume = Path(resume) if names_run(resume) else None
     if resume and resume.is_dir():
         if not states_of(resume):
             raise ValueError(f"{resume} has no training state, expected a run folder of ours: check the path.")
         return resume, states_of(resume)
-    if resume and resume.parent.name == "states":
+    if resume:
         check_file(resume)
         return resume.parent.parent, [resume]
     root = Path(results_dir)
@@ -39,6 +39,11 @@ def place(results_dir, experiment, resume, default_name):
         return root / experiment, states_of(root / experiment)
     taken = [int(path.name[:3]) for path in root.glob("[0-9][0-9][0-9]-*")]
     return root / f"{max(taken, default=-1) + 1:03d}-{default_name}", []
+
+
+def names_run(resume):
+    """Whether --resume is a run folder or a state, and not weights to start from."""
+    return bool(resume) and (Path(resume).is_dir() or Path(resume).parent.name == "states")
 
 
 def states_of(folder):
@@ -102,10 +107,21 @@ def check_same_run(path, saved, now, allow_changes):
         )
 
 
-def load_base_of(path, description, model):
-    """Fill the model with the base that the state at `path` was begun from; its own parameters come with `load_state`."""
-    if description["base"]:
-        load(model, base_weights(description["base"], path), description["base"]["path"], new_table=True)
+def load_base_of(path, description, model, resume=None):
+    """Fill the model with the base that the state at `path` was begun from; its own parameters come with `load_state`.
+
+    `resume`: --resume. Where it names weights they must be that base, wherever it lies now, or an adapter on it.
+    """
+    base, resume = description["base"], None if names_run(resume) else resume
+    if resume and (resume == "none") == bool(base):
+        raise ValueError(
+            f"{path} was begun with --resume {base['path'] if base else 'none'}, found {resume}: continue with the weights it "
+            "was begun with, or choose another --experiment."
+        )
+    if base:
+        on = description_of(resume).get("base") if resume and resume.endswith(".safetensors") else None
+        place = None if on and on["sha256"] == base["sha256"] else resume
+        load(model, base_weights(base, path, place), base["path"], new_table=True)
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def begin(args):
     if path:
         runs.check_same_run(path, saved, description, args.allow_changes)
         description |= {key: saved[key] for key in ("base", "step")}
-        runs.load_base_of(path, saved, model)
+        runs.load_base_of(path, saved, model, args.resume)
     else:
         table = args.table_init, args.table_std, args.global_seed
         with accelerator.local_main_process_first():  # one process a node downloads

@@ -160,6 +160,32 @@ def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_pat
     assert command(train.main, *flags("unbroken", *same_numbers)).code == 0
 
 
+def test_other_starting_weights(command, flags, unbroken, base, tmp_path):
+    """They would not be looked at: what is trained comes from the state, the rest from the base it was begun with."""
+    shutil.copytree(unbroken, flags.root / "weights")
+    tensors = torch.load(base, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "other.pt")
+    shutil.copy(base, tmp_path / "moved.pt")
+    before = tree(flags.root / "weights")
+    for weights, words in (
+        (tmp_path / "other.pt", f"{tmp_path}/other.pt is not the base of "),
+        (tmp_path / "lost.pt", f"there is no {tmp_path}/lost.pt: put it there"),
+        ("none", f"was begun with --resume {base}, found none"),
+    ):
+        result = command(train.main, *flags("weights", "--max-steps", 9, "--resume", weights))
+        assert result.code == 2 and words in result.err and tree(flags.root / "weights") == before
+    adapter = unbroken / "adapters/0000003.safetensors"
+    for steps, weights in ((9, tmp_path / "moved.pt"), (10, adapter), (11, flags.root / "weights")):
+        assert command(train.main, *flags("weights", "--max-steps", steps, "--resume", weights)).code == 0
+
+
+def test_a_run_from_random_weights_and_weights_beside_it(command, flags, base):
+    assert command(train.main, *flags("random", "--max-steps", 1, "--resume", "none")).code == 0
+    assert command(train.main, *flags("random", "--max-steps", 2, "--resume", "none")).code == 0
+    result = command(train.main, *flags("random", "--max-steps", 3, "--resume", base))
+    assert result.code == 2 and f"was begun with --resume none, found {base}" in result.err
+
+
 # ---- the same numbers another way ----------------------------------------------------------------
 
 
