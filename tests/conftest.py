@@ -15,6 +15,7 @@ import reliability
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from tiny import described
 
 import checkpoint
 import runtime
@@ -89,27 +90,22 @@ def official(tmp_path_factory):
     return path
 
 
+def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more):
+    """An adapter as train.py writes it, with random numbers in it -> its path."""
+    description = described(hierarchy, method, base={"path": str(base), "sha256": runtime.sha256(base)}, **more)
+    model = checkpoint.build(description)
+    counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
+    random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
+    checkpoint.save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
+    return path
+
+
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory, images, base):
-    """An adapter of the classes of `images` on `base`, as train.py writes it, with random numbers in it."""
-    description = {
-        "model": "DiT-Ti/2",
-        "image_size": 8,
-        "latent_size": 8,
-        "channels": 3,
-        "vae": "none",
-        "method": "finediffusion",
-        "embedder": "tiered",
-        "hierarchy": Hierarchy.from_folder(images),
-        "base": {"path": str(base), "sha256": runtime.sha256(base)},
-        "step": 7,
-    }
-    model = checkpoint.build(description)
-    random = random_dit(3, affine=True, input_size=8, in_channels=3, num_classes=5, num_super_classes=2)
-    averages = {name: random[name] for name in select(model, METHODS["finediffusion"])}
-    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-    checkpoint.save_adapter(path, averages, model, description)
-    return path
+    """An adapter of the classes of `images` on `base`."""
+    return write_adapter(
+        tmp_path_factory.mktemp("adapter") / "adapter.safetensors", base, Hierarchy.from_folder(images)
+    )
 
 
 @pytest.fixture(scope="session")

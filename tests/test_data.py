@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import THREE_PETS
+from tiny import THREE_PETS, make
 
 from data import (
     ImageData,
@@ -30,14 +30,6 @@ VEGFRU = [
     "veg200_images/chive/v_01_02_0001.jpg",
     "fru92_images/apple/f_09_01_0001.jpg",
 ]
-
-
-def make(root, *files):
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 def relative(paths, root):

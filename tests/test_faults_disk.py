@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import tree
 from processes import launch, worst
-from test_faults import differences, outcome
 from test_sample_ddp import files
+from trainings import SAVING, differences, outcome
 
 import checkpoint
 import runs
@@ -26,10 +26,7 @@ import train
 from data import LatentData
 from tools import encode_latents
 
-FLAGS = (
-    "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5 "
-    "--preview-images 2 --log-every 2 --ckpt-every 3"
-).split()
+FLAGS = [*SAVING, "--preview-images", "2"]
 PAGE, PATIENT = 4096, {"patience": 60}  # when one process fails, the others have to leave by themselves
 FULL = "No space left on device", "File too large"
 

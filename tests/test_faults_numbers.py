@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tree
 from processes import launch
-from test_faults import differences, outcome
+from trainings import SAVING, differences, outcome
 
 import checkpoint
 import runs
@@ -24,10 +24,7 @@ from latents import NPY_HEADER, chunk_hash, item_bytes, read_sealed, write_seale
 from runtime import few
 from tools import encode_latents
 
-FLAGS = (
-    "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5 "
-    "--preview-images 0 --log-every 2 --ckpt-every 3"
-).split()
+FLAGS = [*SAVING, "--preview-images", "0"]
 BEGUN, STEPS, SHAPE = 3, 8, (3, 8, 8)
 VALUES = math.nan, math.inf, -math.inf
 

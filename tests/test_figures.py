@@ -8,10 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, random_dit, tree
+from conftest import CLASSES, tree, write_adapter
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
-from tiny import refusal
+from tiny import described, refusal
 
 import checkpoint
 import runtime
@@ -108,26 +108,6 @@ def species(tmp_path, base):
         "00003_Animalia_Chordata_Aves_Strigiformes_Strigidae_Bubo_bubo",
     ]
     return write_adapter(tmp_path / "species.safetensors", base, Hierarchy.from_class_names(names))
-
-
-def write_adapter(path, base, hierarchy, method="finediffusion", seed=0, **changes):
-    description = {
-        "model": "DiT-Ti/2",
-        "image_size": 8,
-        "latent_size": 8,
-        "channels": 3,
-        "vae": "none",
-        "method": method,
-        "embedder": METHODS[method].embedder,
-        "hierarchy": hierarchy,
-        "base": {"path": str(base), "sha256": runtime.sha256(base)},
-        "step": 7,
-    } | changes
-    model = checkpoint.build(description)
-    counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
-    random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
-    checkpoint.save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
-    return path
 
 
 def test_grid_has_a_row_for_each_superclass_of_the_pictures_of_sample(draw, command, adapter, tmp_path):
@@ -261,22 +241,12 @@ def runs(tmp_path):
         folder.mkdir(parents=True)
         rows, files[name] = [], []
         for step, fid in (fids or {100: 20.0, 200: 10.0}).items():
-            description = {
-                "model": "DiT-Ti/2",
-                "image_size": 8,
-                "latent_size": 8,
-                "channels": 3,
-                "vae": "none",
-                "base": None,
-                "step": step,
-            }
-            description |= {"method": method, "embedder": METHODS[method].embedder, "hierarchy": hierarchy}
+            description = described(hierarchy, method, step=step, format=checkpoint.ADAPTER) | changes
             adapter, file = (
                 folder / f"adapters/{step:07d}.safetensors",
                 tmp_path / f"evaluation/{name}-{step}/metrics.json",
             )
             tensors = {"x": torch.tensor([float(step), float(len(files))])}
-            description |= {"format": checkpoint.ADAPTER} | changes
             checkpoint.save_safetensors(adapter, tensors, description)
             sampling = SETTINGS | {"ckpt_sha256": runtime.sha256(adapter)} | dict(settings)
             superclasses = {each: {"fid": fid + 1 + i} for i, each in enumerate(hierarchy.superclasses)}

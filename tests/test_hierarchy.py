@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make
 
 from hierarchy import Hierarchy
 
@@ -41,14 +42,6 @@ SPECIES = [
     "00011_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
 ]
 PETS = {"name": "pets", "superclasses": ["cats", "dogs"], "classes": ["beagle", "manx", "pug"], "parents": [1, 0, 1]}
-
-
-def make(root, *files):
-    for file in files:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 def pets(**change):

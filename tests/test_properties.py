@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import described
 
 import packing
 from checkpoint import ADAPTER, STATE, read, save_safetensors
@@ -134,18 +135,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=6,
 )
-FIXED = {  # what every description has, see checkpoint.FIELDS
-    "model": "DiT-Ti/2",
-    "image_size": 8,
-    "latent_size": 8,
-    "channels": 3,
-    "vae": "none",
-    "method": "finediffusion",
-    "embedder": "tiered",
-    "hierarchy": Hierarchy(("manx",), ("cats",), [0]),
-    "base": None,
-    "step": 7,
-}
+FIXED = described(Hierarchy(("manx",), ("cats",), [0]))
 FORMS = ({"format": ADAPTER}, {"format": STATE, "data": "abc", "settings": {"lr": 1e-4}, "updates": 7})
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from processes import launch, worst
+from trainings import TINY
 
 import checkpoint
 import train
@@ -21,8 +22,7 @@ def run(images, base, tmp_path_factory):
 
     def run(name, *flags, world=1):
         start = ["--data-path", images, "--resume", base, "--results-dir", root, "--experiment", name]
-        start += "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0".split()
-        start += f"--ema-decay 0.5 --preview-images 0 --log-every 1 --ckpt-every 1 --keep-states {STEPS}".split()
+        start += [*TINY, *f"--lr 1e-4 --preview-images 0 --log-every 1 --ckpt-every 1 --keep-states {STEPS}".split()]
         codes = launch(train.main, [*start, "--max-steps", STEPS, *flags], root, world, record(root / name))
         assert worst(codes) == 0, (root / "err0").read_text()
         return root / name

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tree, write_images
 from PIL import Image
+from trainings import SPEEDS, TINY
 
 import checkpoint
 import runs
@@ -14,11 +15,8 @@ from steps import drawn
 from tools import encode_latents
 
 ROOT = Path(train.__file__).parent
-FLAGS = (
-    "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5".split()
-)
 ROW = set("step loss mse vb loss_q1 loss_q2 loss_q3 loss_q4 grad_norm lr skipped_steps".split())
-ROW |= {"steps_per_s", "images_per_s", "memory_gb"}
+ROW |= set(SPEEDS)
 VAE = ["--vae", str(ROOT / "assets/vae"), "--image-size", "64", "--resume", "none"]
 
 
@@ -29,7 +27,7 @@ def run(command, images, base, tmp_path_factory):
 
     def run(name, *flags, data=("--data-path", images)):
         start = ["--resume", base, "--results-dir", root, "--experiment", name, "--max-steps", 2]
-        result = command(train.main, *FLAGS, *data, *start, *flags)
+        result = command(train.main, *TINY, *data, *start, *flags)
         assert result.code == 0, result.err
         assert result.out.endswith("safetensors\n") and Path(result.out.split("\n")[-2]).is_file()
         return root / name
@@ -96,7 +94,7 @@ def test_files_of_a_run(command, images, base, tmp_path, run):
     for number in (0, 1):
         result = command(
             train.main,
-            *FLAGS,
+            *TINY,
             *("--data-path", images, "--resume", base, "--results-dir", tmp_path),
             *("--epochs", 1, "--log-every", 2, "--ckpt-every", 3),
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from finetune import METHODS
 from hierarchy import Hierarchy
 from models import DiT
 
@@ -21,6 +22,31 @@ PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PA
 THREE_PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
 TinyDiT = partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4)  # the golden files' size
 tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, parents=PARENTS)
+
+
+def described(hierarchy, method="finediffusion", **more):
+    """What an adapter of a DiT-Ti/2 of 8 pixels says of itself, see checkpoint.FIELDS."""
+    return {
+        "model": "DiT-Ti/2",
+        "image_size": 8,
+        "latent_size": 8,
+        "channels": 3,
+        "vae": "none",
+        "method": method,
+        "embedder": METHODS[method].embedder,
+        "hierarchy": hierarchy,
+        "base": None,
+        "step": 7,
+    } | more
+
+
+def make(root, *files):
+    """Empty files below `root`."""
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
 
 
 def golden(name):
