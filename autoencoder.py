@@ -26,7 +26,10 @@ class Autoencoder:
         self.vae = vae
         self.channels = 3 if vae is None else vae.config.latent_channels
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.dtype = torch.float32 if vae is None else vae.dtype
         self.scale = scale
+        if self.dtype != torch.float32:
+            vae.to(memory_format=torch.channels_last)  # as tensor cores take it
 
     def latent_size(self, image_size):
         """Side of the latent of an image of side `image_size`; ValueError where it does not divide."""
@@ -42,7 +45,7 @@ class Autoencoder:
         """Images -> mean and standard deviation of the scaled latents, float32."""
         if self.vae is None:
             return images, torch.zeros_like(images)
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         return posterior.mean.float() * self.scale, posterior.std.float() * self.scale
 
     @torch.no_grad()
@@ -50,7 +53,7 @@ class Autoencoder:
         """Scaled latents -> images, float32, not clamped."""
         if self.vae is None:
             return latents
-        return self.vae.decode(latents.to(self.vae.dtype) / self.scale).sample.float()
+        return self.vae.decode(latents.to(self.dtype) / self.scale).sample.float()
 
 
 def load_autoencoder(name, device="cpu", dtype=torch.float32):

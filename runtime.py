@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = ("no", "fp16", "bf16")  # of --mixed-precision
 TRY_AGAIN = 75  # exit code of a run that was asked to leave and can go on: EX_TEMPFAIL of sysexits.h
 
 
@@ -154,7 +156,12 @@ def check_gpu(device):
 
 
 def compute_type(wanted, device):
-    """`wanted` of --mixed-precision, or "fp16" where that is "bf16" and the GPU (before Ampere: V100) only emulates it."""
+    """`wanted` of --mixed-precision, or "fp16" where that is "bf16" and the GPU (before Ampere: V100) only emulates it.
+
+    ValueError for "fp16" on a CPU.
+    """
+    if wanted == "fp16" and torch.device(device).type == "cpu":
+        raise ValueError("--mixed-precision is fp16, expected a GPU for it and found none: choose bf16 or no.")
     if wanted != "bf16" or torch.device(device).type != "cuda":
         return wanted
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -28,6 +28,8 @@ from tqdm import tqdm
 from finetune import store_frozen
 from pictures import class_folders
 from runtime import (
+    DTYPES,
+    PRECISIONS,
     Parser,
     check_gpu,
     check_range,
@@ -43,7 +45,6 @@ from sampling import sample_keyed, to_uint8
 from sampling_options import add_options, check_images, check_options, guidance_of, load_model
 
 GOLDEN = (5**0.5 - 1) / 2
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args():
@@ -65,7 +66,7 @@ def parse_args():
         default=True,
         help="TF32 matrix products, on GPUs from Ampere on",
     )
-    add("--mixed-precision", choices=["no", *HALF], default="no", help="what the network computes in")
+    add("--mixed-precision", choices=PRECISIONS, default="no", help="what the network computes in")
     add("--format", choices=FORMATS, default="png")
     add("--sample-dir", default="samples")
     add("--name", help="of the folder in --sample-dir; default: model, checkpoint, size, vae, scale, steps and seed")
@@ -76,8 +77,6 @@ def check_settings(args):
     check_options(args)
     many = (1, 10**9)
     check_range(args, num_fid_samples=many, per_proc_batch_size=many, global_seed=(0, 2**63 - 1))
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("--mixed-precision is fp16, expected a GPU for it and found none: choose bf16 or no.")
     if args.name and (Path(args.name).name != args.name or args.name == ".."):
         raise ValueError(
             f"--name is {args.name}, expected the name of a folder: choose another --sample-dir for its place."
@@ -177,12 +176,13 @@ def sample(args):
             f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
             "fewer."
         )
+    precision = compute_type(args.mixed_precision, device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     with state.local_main_process_first():  # one process a node downloads
         model, description, autoencoder = load_model(args, device)
-    half = HALF.get(compute_type(args.mixed_precision, device))
+    half = None if precision == "no" else DTYPES[precision]
     if half:
         store_frozen(model, half)
     if args.compile:

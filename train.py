@@ -27,10 +27,20 @@ from data import ImageData, LatentData, StepBatches, check_counts, collate
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
-from runtime import Signals, check_gpu, compute_type, keep_group, on_main, run_command, store_of_attempt, write_whole
+from runtime import (
+    DTYPES,
+    Signals,
+    check_gpu,
+    compute_type,
+    keep_group,
+    on_main,
+    run_command,
+    store_of_attempt,
+    write_whole,
+)
 from sampling import sample_latents
 from steps import Update, backward, drawn, latents_of, learning_rate_factor
-from training_options import DTYPES, check_settings, parse_args
+from training_options import check_settings, parse_args
 from watching import Watch
 
 DIFFUSION = create_diffusion("")

@@ -4,14 +4,10 @@ import argparse
 import importlib.util
 import math
 
-import torch
-
 from finetune import METHODS
 from models import DiT_models
-from runtime import Parser
+from runtime import PRECISIONS, Parser
 from watching import TRACKERS
-
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(description):
@@ -57,7 +53,7 @@ def parse_args(description):
     add("--grad-checkpointing", action="store_true", help="keep less for the backward pass, compute half as much again")
     add("--global-seed", type=int, default=0)
     add("--num-workers", type=int, default=4)
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--mixed-precision", choices=PRECISIONS, default="no")
     add("--adapter-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="how adapters are stored")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--log-every", type=int, default=100)
@@ -87,8 +83,6 @@ def check_settings(args):
     for name in ("lr", "table_lr", "table_std", "clip_grad"):
         if getattr(args, name) is not None and math.isinf(getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')} is inf, expected a finite number: change it.")
-    if args.mixed_precision == "fp16" and not args.dry_run and not torch.accelerator.is_available():
-        raise ValueError("--mixed-precision is fp16, expected a GPU for it and found none: choose bf16 or no.")
     if not 0 <= args.null_prob <= 1 or args.null_prob and args.null_prob + args.class_dropout_prob > 1:
         raise ValueError(
             f"--null-prob is {args.null_prob} and --class-dropout-prob {args.class_dropout_prob}, expected probabilities that "

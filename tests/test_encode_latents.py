@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import ROOT
 
 import latents
-from autoencoder import Autoencoder
+from autoencoder import Autoencoder, load_autoencoder
 from data import ImageData, LatentData
 from hierarchy import Hierarchy
 from tools import bench_loading
@@ -245,3 +247,22 @@ def test_the_ratio_is_the_median_of_the_pairs():
     pairs = [(1e-6, 50e-6), (2e-6, 80e-6), (1e-6, 90e-6)]
     assert "| warm | 1.0 µs | 80 µs | 1/50.0 (1/40.0 to 1/90.0) | met |" in bench_loading.table({"warm": pairs})
     assert bench_loading.table({"warm": pairs[:2]}).endswith("| missed |")
+
+
+def test_half_precision(images64, tmp_path, command):
+    """Recorded, since the numbers depend on it; the layout of the weights is that of tensor cores."""
+    vae = shutil.copytree(ROOT / "assets/vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    flags = "--vae", vae, "--image-size", 64, "--num-workers", 0, "--data-path", images64, "--out"
+    for out, *more in (["single"], ["half", "--mixed-precision", "bf16"]):
+        assert command(tool.main, *flags, tmp_path / out, *more).code == 0
+    single, half = (torch.stack([x for x, _, _ in LatentData(tmp_path / out)]).float() for out in ("single", "half"))
+    assert 0 < (half - single).abs().max() < 0.1 * single.abs().max()
+    assert latents.read_sealed(tmp_path / "half/latents.json")["precision"] == "bfloat16"
+    result = command(tool.main, *flags, tmp_path / "half")
+    assert result.code == 2 and "tells of latents of other images or settings" in result.err
+    result = command(tool.main, *flags, tmp_path / "fp16", "--mixed-precision", "fp16")
+    assert result.code == 2 and "expected a GPU" in result.err and not (tmp_path / "fp16").exists()
+    half = load_autoencoder(str(vae), dtype=torch.bfloat16).vae
+    assert half.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

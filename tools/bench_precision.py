@@ -17,9 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from models import DiT_models
-from runtime import Parser, check_gpu, run_command, write_whole
+from runtime import DTYPES, Parser, check_gpu, run_command, write_whole
 from steps import Update, backward, drawn
-from training_options import DTYPES
 from watching import memory_gb
 
 WEIGHT_STD = 0.02  # of the layers that a new DiT has at zero, so that every part of it matters

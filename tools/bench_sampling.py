@@ -11,12 +11,12 @@ from autoencoder import SD_SCALE, Autoencoder
 from diffusion import create_diffusion
 from finetune import store_frozen
 from guidance import TIMESTEPS, Guidance, guided
+from runtime import DTYPES
 from sample_store import Store, Writer
 from sampling import sample_keyed, to_uint8, walk
 from tools import bench_official
 from tools.bench_harness import EXACT, GPU_ALONE, Row, apart, count_flops, count_waits, row_of
 from tools.bench_training import random_dit
-from training_options import DTYPES
 
 SCALE = 4.0
 GATE_STEPS = 10

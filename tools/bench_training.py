@@ -14,10 +14,10 @@ from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
 from models import DiT_models
+from runtime import DTYPES
 from steps import Update, backward, drawn, latents_of
 from tools import bench_official
 from tools.bench_harness import EXACT, GPU_ALONE, Row, apart, count_flops, count_waits, row_of
-from training_options import DTYPES
 
 STD = 0.02  # of the layers that a new DiT has at zero: else they would hide all the rest
 PEFT = "finediffusion"

@@ -28,7 +28,7 @@ import latents
 from autoencoder import load_autoencoder
 from data import ImageData
 from hierarchy import Hierarchy
-from runtime import Lock, Parser, check_gpu, few, named, run_command, store_of_attempt
+from runtime import DTYPES, PRECISIONS, Lock, Parser, check_gpu, compute_type, few, named, run_command, store_of_attempt
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -42,6 +42,7 @@ def describe(data, hierarchy, autoencoder, args):
         "image_size": args.image_size,
         "vae": args.vae,
         "scale": autoencoder.scale,
+        "precision": str(autoencoder.dtype).removeprefix("torch."),
         "channels": autoencoder.channels,
         "size": autoencoder.latent_size(args.image_size),
         "flips": 2 if args.flip else 1,
@@ -153,6 +154,7 @@ def main(argv=None):
     add("--hierarchy", help="inat2021, vegfru, a .json file or a folder (default: the data's own)")
     add("--image-size", type=int, default=256)
     add("--vae", default="ema", help="ema, mse or a folder in diffusers' form")
+    add("--mixed-precision", choices=PRECISIONS, default="no", help="what the autoencoder computes in, as in train.py")
     add("--out", required=True)
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="the mirror images too")
     add("--batch-size", type=int, default=32, help="images per process")
@@ -167,7 +169,8 @@ def main(argv=None):
     else:
         hierarchy = Hierarchy.from_folder(args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
-    autoencoder = load_autoencoder(args.vae, state.device)
+    precision = compute_type(args.mixed_precision, state.device)
+    autoencoder = load_autoencoder(args.vae, state.device, DTYPES[precision])
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
     with closing(prepare(out, info)) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
