@@ -27,11 +27,20 @@ pytest_addoption, pytest_configure = reliability.pytest_addoption, reliability.p
 pytest_runtest_setup, pytest_terminal_summary = reliability.pytest_runtest_setup, reliability.pytest_terminal_summary
 cases, figure = reliability.cases, reliability.figure
 
-torch.set_num_threads(1)  # the models are tiny: more threads wait for each other
+torch.set_num_threads(1)  # the models are tiny: more threads wait for each other, see also one_thread
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used: the suite runs on the CPU, on GPU nodes too
 os.environ["HF_HUB_OFFLINE"] = "1"  # for other processes
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 CLASSES = {"cats": ("lynx", "manx"), "dogs": ("beagle", "pug", "pug_dog")}  # 4 images each
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """No test leaves this process on several threads: a fork of it would wait for those that it does not have."""
+    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1
 
 
 def write_images(root, size, classes=CLASSES, each=4):

@@ -1,5 +1,7 @@
 """Programs in forks of the test process, as torchrun starts their ranks: torch is imported already, a start costs nothing.
 
+The test process must not have computed on several threads, see conftest.one_thread.
+
 codes = launch(train.main, flags, tmp_path, world=2, prepare=lambda rank: rank == 1 and die_at(7))
 """
 

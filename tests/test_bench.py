@@ -251,5 +251,5 @@ def test_refusals(command, flags, words):
 
 
 def test_cases_of_another_device(command):
-    result = command(bench.main, "--device", "cpu", "--only", "train-256")
+    result = command(bench.main, "--device", "cpu", "--threads", 1, "--only", "train-256")
     assert result.code == 2 and "--only has train-256, expected cases for --device cpu" in result.err
