@@ -109,6 +109,8 @@ class Lock:
     another place. Where a file system knows no locks nobody is kept away.
     """
 
+    handle = None
+
     def __init__(self, path, doing, choose):
         self.handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
         held = weakref.ref(self)  # the workers of a DataLoader outlive a killed process for seconds: without its lock

@@ -1,6 +1,7 @@
 """A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -226,6 +227,13 @@ def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
             runtime.Lock(path, "at work in", "--out")
         held.close()
         runtime.Lock(path, "at work in", "--out").close()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_lock_that_cannot_be_made_is_one_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        runtime.Lock(tmp_path / "lost/log.txt", "at work in", "--out")
+    gc.collect()
 
 
 def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
