@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import STATE, base_weights, check_file, description_of, load, read, save_safetensors
+from checkpoint import STATE, base_weights, check_file, description_of, is_adapter, load, read, save_safetensors
 from runtime import Lock
 
 KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, each by parameter name
@@ -119,7 +119,7 @@ def load_base_of(path, description, model, resume=None):
             "was begun with, or choose another --experiment."
         )
     if base:
-        on = description_of(resume).get("base") if resume and resume.endswith(".safetensors") else None
+        on = description_of(resume).get("base") if is_adapter(resume) else None
         place = None if on and on["sha256"] == base["sha256"] else resume
         load(model, base_weights(base, path, place), base["path"], new_table=True)
 

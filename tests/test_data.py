@@ -206,6 +206,14 @@ def test_image_data_items_depend_on_the_index_alone(tmp_path):
         ImageData(tmp_path, THREE_PETS, 0)
 
 
+def test_loader_with_workers_gives_the_batches(tmp_path):
+    data = ImageData(images(tmp_path), THREE_PETS, 8)
+    batches = StepBatches(5, 2, seed=0, max_steps=3)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1, collate_fn=collate)
+    found = [(y.tolist(), shown.tolist()) for _, y, shown in loader]
+    assert found == [([int(data.labels[i]) for i in rows], rows) for rows in batches]
+
+
 def test_the_fingerprint_is_of_names_and_labels(tmp_path):
     here, there = images(tmp_path / "here"), images(tmp_path / "there")
     before = ImageData(here, THREE_PETS, 8).fingerprint
@@ -366,67 +374,3 @@ def test_a_large_png_is_not_shrunk_in_decoding(tmp_path):
     picture = photograph(600, 500)
     picture.save(tmp_path / "image.png")
     assert np.array_equal(np.asarray(read_crop(tmp_path / "image.png", 64)), np.asarray(center_crop(picture, 64)))
-
-
-# ---- the order of a training ---------------------------------------------------------------------
-
-
-def test_an_epoch_is_a_permutation_less_the_incomplete_batch():
-    steps = list(StepBatches(n=23, global_batch=4, seed=1, max_steps=15))
-    assert len(steps) == 15 and {len(rows) for rows in steps} == {4}
-    epochs = [sum(steps[e * 5 : e * 5 + 5], []) for e in range(3)]
-    for rows in epochs:
-        assert len(set(rows)) == 20 and set(rows) <= set(range(23))
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_a_resume_and_another_world_see_the_same_steps():
-    whole = list(StepBatches(50, 12, seed=3, max_steps=11))
-    assert list(StepBatches(50, 12, 3, start_step=6, max_steps=11)) == whole[6:]
-    for world in (2, 3, 4):
-        parts = [StepBatches(50, 12, 3, rank, world, max_steps=11) for rank in range(world)]
-        assert [sum(rows, []) for rows in zip(*parts)] == whole
-    endless = iter(StepBatches(50, 12, 3))
-    assert [next(endless) for _ in range(11)] == whole
-
-
-def test_seed_and_epoch_both_count_and_are_not_exchanged():
-    orders = [
-        next(iter(StepBatches(100, 100, seed, start_step=epoch))) for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)
-    ]
-    assert len({tuple(rows) for rows in orders}) == len(orders)
-    assert all(sorted(rows) == list(range(100)) for rows in orders)
-
-
-def test_the_order_stays_the_same_between_releases():
-    assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [[6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
-
-
-def test_length():
-    assert len(StepBatches(10, 5, 0, start_step=3, max_steps=7)) == 4
-    with pytest.raises(TypeError):
-        len(StepBatches(10, 5, 0))
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
-        (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
-        (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
-        (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
-        (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
-        (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
-    ],
-)
-def test_batches_that_cannot_be(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        StepBatches(**arguments)
-
-
-def test_loader_with_workers_gives_the_batches(tmp_path):
-    data = ImageData(images(tmp_path), THREE_PETS, 8)
-    batches = StepBatches(5, 2, seed=0, max_steps=3)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=1, collate_fn=collate)
-    found = [(y.tolist(), shown.tolist()) for _, y, shown in loader]
-    assert found == [([int(data.labels[i]) for i in rows], rows) for rows in batches]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 from tiny import ROOT
 
 import latents
@@ -266,3 +267,11 @@ def test_half_precision(images64, tmp_path, command):
     assert result.code == 2 and "expected a GPU" in result.err and not (tmp_path / "fp16").exists()
     half = load_autoencoder(str(vae), dtype=torch.bfloat16).vae
     assert half.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_process_is_refused(folder):
+    run(folder)
+    options = [*flags(folder), "--no-flip", "--out", folder / "out"]
+    assert launch(tool.main, options, folder, world=2, patience=60) == {0: 2, 1: 2}
+    for rank in range(2):
+        assert "latents.json tells of latents of other images or settings" in (folder / f"err{rank}").read_text()

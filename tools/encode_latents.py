@@ -28,7 +28,19 @@ import latents
 from autoencoder import load_autoencoder
 from data import ImageData
 from hierarchy import Hierarchy
-from runtime import DTYPES, PRECISIONS, Lock, Parser, check_gpu, compute_type, few, named, run_command, store_of_attempt
+from runtime import (
+    DTYPES,
+    PRECISIONS,
+    Lock,
+    Parser,
+    check_gpu,
+    compute_type,
+    few,
+    named,
+    on_main,
+    run_command,
+    store_of_attempt,
+)
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -172,8 +184,8 @@ def main(argv=None):
     precision = compute_type(args.mixed_precision, state.device)
     autoencoder = load_autoencoder(args.vae, state.device, DTYPES[precision])
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
-    with closing(prepare(out, info)) if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
+    lock = on_main(state, prepare, out, info)
+    with closing(lock) if lock else nullcontext():
         if not (out / "latents.json").is_file():
             share = state.process_index, state.num_processes, state.device
             encode(data, autoencoder, out, info, *share, args.batch_size, args.num_workers)
