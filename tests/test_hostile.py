@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import random_dit
 from hostile import READERS, Call, Trap, deflated, wrapped
-from tiny import ROOT, SOURCES, same
+from tiny import SOURCES, same
 
 import autoencoder
 import checkpoint
@@ -173,7 +173,6 @@ def test_names_of_classes_stay_in_their_folder(tmp_path):
 
 # ---- promises about the sources ------------------------------------------------------------------
 
-EVERY = [*SOURCES, *sorted((ROOT / "tools/diffusers_pipeline").glob("*.py"))]
 PLACES = {  # what is done in so many files and in no others
     "torch.load": {"pickles.py"},
     "torch.save": {"export.py", "features.py"},  # the forms of others; in memory, for torch-fidelity to read
@@ -190,7 +189,7 @@ IMPORTED = {"torch", "pickle", "subprocess", "os", "urllib.request", "torch.hub"
 
 
 def calls():
-    for path in EVERY:
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 yield path, node, ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
@@ -210,7 +209,7 @@ def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
             assert isinstance(node.args[0], ast.List), where  # words, no line for a shell
         assert name != "torch.hub.download_url_to_file" or "hash_prefix" in options, where
     assert places == PLACES
-    for path in EVERY:
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module in IMPORTED:
                 names = {alias.name for alias in node.names}
@@ -231,7 +230,7 @@ def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
 
 
 def test_every_address_is_encrypted():
-    found = [path.name for path in EVERY if re.search(r"\b(http|ftp)://", path.read_text())]
+    found = [path.name for path in SOURCES if re.search(r"\b(http|ftp)://", path.read_text())]
     assert not found
     assert checkpoint.DIT_URL.startswith("https://")
     assert all(names[0].startswith("https://") for names in features.PUBLISHED.values())

@@ -57,6 +57,7 @@ def imported(module):
 
 def test_the_modules_are_found():
     assert {"train", "models", "diffusion", "diffusion.respace", "tools.encode_latents"} <= MODULES.keys()
+    assert "tools.diffusers_pipeline.pipeline_finediffusion" in MODULES  # packages within packages, too
     assert imported("models") == {"tiered_embedder"}
     assert {"diffusion.respace", "diffusion.schedule"} <= imported("diffusion")
     assert {"checkpoint", "finetune", "steps"} <= imported("train") <= MODULES.keys()
