@@ -13,7 +13,7 @@ METHOD := finediffusion
 STEPS := 800
 ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
-TINY := --image-size 64 --vae assets/vae
+TINY := --image-size 64 --vae examples/glyphs/vae
 
 .PHONY: test torture lint quickstart study clean
 
@@ -34,13 +34,13 @@ lint: .venv/installed
 	touch $@
 
 # the quick start's training but for its data, method and folder
-TRAIN := $(TINY) --no-flip --num-workers 0 --model DiT-Ti/2 --resume assets/base.safetensors --global-batch-size 64 \
+TRAIN := $(TINY) --no-flip --num-workers 0 --model DiT-Ti/2 --resume examples/glyphs/base.safetensors --global-batch-size 64 \
   --max-steps $(STEPS) --lr 1e-3 --table-lr 1e-2 --table-init mean --table-std 0.1 --lr-schedule cosine --ema-decay 0.99
 READER := --features $(Q)/reading/features.pt --classifier $(Q)/reading/reader.pt --inception none --lpips-trunk none
 
 $(Q)/train: | .venv/installed
-	$(PY) -m tools.glyphs --set new --per-class 39 --out $(Q)/train
-	$(PY) -m tools.glyphs --set new --faces held-out --per-class 6 --out $(Q)/held-out
+	$(PY) -m examples.glyphs.draw --set new --per-class 39 --out $(Q)/train
+	$(PY) -m examples.glyphs.draw --set new --faces held-out --per-class 6 --out $(Q)/held-out
 
 quickstart: .venv/installed
 	rm -rf $(Q)
@@ -49,14 +49,14 @@ quickstart: .venv/installed
 	$(PY) train.py --latents $(Q)/latents $(TRAIN) --method $(METHOD) --results-dir $(Q) --experiment run
 	for w in $(SCALES); do $(PY) sample.py --ckpt $(ADAPTER) --classes all --per-class 4 --cfg-scale $$w \
 	  --sampler ddim --num-sampling-steps 20 --batch-size 64 --sample-dir $(Q)/w$$w || exit; done
-	$(PY) -m tools.read_glyphs --train $(Q)/train --real $(Q)/held-out --out $(Q)/reading \
+	$(PY) -m examples.glyphs.read --train $(Q)/train --real $(Q)/held-out --out $(Q)/reading \
 	  --generated $(foreach w,$(SCALES),"w = $(w)=$(Q)/w$(w)")
 	for w in $(SCALES); do $(PY) evaluate.py $(Q)/held-out $(Q)/w$$w $(READER) --num-workers 0 \
 	  --output $(Q)/evaluation/w$$w || exit; done
 
 # methods, guidance scales and seeds side by side: an hour or two on two cores; the same command goes on where it stopped
 study: .venv/installed $(Q)/train
-	$(PY) -m tools.study --data $(Q) --out study --train "$(TRAIN)"
+	$(PY) -m examples.glyphs.study --data $(Q) --out study --train "$(TRAIN)"
 
 clean:
 	rm -rf $(Q) study

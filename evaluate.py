@@ -22,10 +22,10 @@ from evaluation import features
 from evaluation.comparison import FEW, NEIGHBOURS, Measure, Saved, figures, of_all_images
 from evaluation.image_sets import check_sides, choose_hierarchy, doubts, open_set, pixels_of
 from evaluation.measure import SAMPLE, Networks, float64_device, make_plan, measure, moments_name
+from evaluation.metrics import KID_SUBSETS
 from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
-from metrics import KID_SUBSETS
-from runtime import Parser, check_gpu, check_range, few, keep_group, run_command, store_of_attempt
+from runtime.cli import Parser, check_gpu, check_range, few, keep_group, run_command, store_of_attempt
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")

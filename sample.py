@@ -16,10 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from guidance import TIMESTEPS
-from pictures import caption, class_folders, labelled_grid
-from runtime import Parser, check_gpu, check_range, run_command
-from sampling import sample_keyed, sample_latents_official, to_uint8
-from sampling_options import add_options, check_images, check_options, guidance_of, load_model
+from hierarchy.layouts import folder_names
+from runtime.cli import Parser, check_gpu, check_range, run_command
+from sampling.grid import caption, labelled_grid
+from sampling.options import add_options, check_images, check_options, guidance_of, load_model
+from sampling.samplers import sample_keyed, sample_latents_official, to_uint8
 
 DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
 
@@ -79,7 +80,7 @@ def sample(args):
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
     size = args.per_class if args.seed_mode == "official" else args.batch_size
     official = dict(seed=args.seed, cfg_scale=guidance.scale, cfg_channels=guidance.channels)
-    folder, folders, pictures = Path(args.sample_dir), class_folders(hierarchy.classes), []
+    folder, folders, pictures = Path(args.sample_dir), folder_names(hierarchy.classes), []
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
         for i in range(0, len(jobs), size):

@@ -26,8 +26,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from finetune import store_frozen
-from pictures import class_folders
-from runtime import (
+from hierarchy.layouts import folder_names
+from runtime.cli import (
     DTYPES,
     PRECISIONS,
     Parser,
@@ -40,9 +40,9 @@ from runtime import (
     sha256,
     store_of_attempt,
 )
-from sample_store import FORMATS, Store, Writer
-from sampling import sample_keyed, to_uint8
-from sampling_options import add_options, check_images, check_options, guidance_of, load_model
+from sampling.options import add_options, check_images, check_options, guidance_of, load_model
+from sampling.samplers import sample_keyed, to_uint8
+from sampling.store import FORMATS, Store, Writer
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -195,7 +195,7 @@ def sample(args):
     else:
         labels = random_labels(count, hierarchy.num_classes, args.global_seed)
     folder = Path(args.sample_dir, args.name or run_name(args, description))
-    store = Store(folder, labels, class_folders(hierarchy.classes), description["image_size"], args.format)
+    store = Store(folder, labels, folder_names(hierarchy.classes), description["image_size"], args.format)
 
     def generate(numbers):
         keys = [(args.global_seed, k) for k in numbers]

@@ -19,15 +19,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 
-import checkpoint
-import memory
-import runs
 from autoencoder import load_autoencoder
-from data import ImageData, LatentData, StepBatches, check_counts, collate
+from checkpoint import loading as checkpoint
+from dataset.images import ImageData, LatentData, StepBatches, check_counts, collate
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
-from runtime import (
+from runtime.cli import (
     DTYPES,
     Signals,
     check_gpu,
@@ -38,10 +36,12 @@ from runtime import (
     store_of_attempt,
     write_whole,
 )
-from sampling import sample_latents
-from steps import Update, backward, drawn, latents_of, learning_rate_factor
-from training_options import check_settings, parse_args
-from watching import Watch
+from sampling.samplers import sample_latents
+from training import memory
+from training import state as runs
+from training.logger import Watch
+from training.options import check_settings, parse_args
+from training.step import Update, backward, drawn, latents_of, learning_rate_factor
 
 DIFFUSION = create_diffusion("")
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint

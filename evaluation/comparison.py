@@ -6,7 +6,7 @@ A side is what `measure` returns, or saved statistics, of which only some figure
 import numpy as np
 import torch
 
-from metrics import (
+from evaluation.metrics import (
     Gaussian,
     Moments,
     frechet_distance,

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from pickles import GET, check_file, check_finite, read_tensors
-from runtime import sha256
+from checkpoint.torch_files import GET, check_file, check_finite, read_tensors
+from runtime.cli import sha256
 
 RESIZES = {
     "tf1": "bilinear, corners aligned at the top left, as TensorFlow 1: torch-fidelity, ADM, the FID literature",

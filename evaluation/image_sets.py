@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import pictures
-from data import UnreadableImage, center_crop, list_images, to_rgb
+from dataset.images import UnreadableImage, center_crop, list_images, to_rgb
 from evaluation.npz_sets import Arrays, Statistics, npz_members
-from folders import class_folders, is_image, is_vegfru, subfolders, visible
 from hierarchy import Hierarchy
-from runtime import few
+from hierarchy import layouts as folders
+from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible
+from runtime.cli import few
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
@@ -146,7 +146,7 @@ def images_below(folder, above=()):
 
 def label_by_folder(hierarchy):
     """{name of a folder: label}: the class's name, or what sampling makes of it where no folder can be called so."""
-    written = {name: i for i, name in enumerate(pictures.class_folders(hierarchy.classes))}
+    written = {name: i for i, name in enumerate(folders.folder_names(hierarchy.classes))}
     return written | {name: i for i, name in enumerate(hierarchy.classes)}
 
 

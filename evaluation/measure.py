@@ -13,7 +13,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metrics import FLOAT, Moments, score_splits, score_sums
+from evaluation.metrics import FLOAT, Moments, score_splits, score_sums
 
 SAMPLE = 10_000  # images of a set whose features are kept in any case: as many as ADM's reference batches hold
 PER_SUPERCLASS = 2048  # the same of a superclass: its covariance is singular below this number

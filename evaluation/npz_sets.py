@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evaluation.metrics import Gaussian
 from hierarchy import Hierarchy
-from metrics import Gaussian
-from runtime import few, write_whole
+from runtime.cli import few, write_whole
 
 STATISTICS_FORMAT = "finediffusion-statistics-1"
 MOST_BYTES = 2**32  # that are read into memory

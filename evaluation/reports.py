@@ -6,7 +6,7 @@ import json
 
 from matplotlib.figure import Figure
 
-from runtime import write_whole
+from runtime.cli import write_whole
 
 OVERALL = "overall"
 

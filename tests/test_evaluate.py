@@ -5,13 +5,13 @@ import json
 import shutil
 
 import numpy as np
-import painted
 import pytest
 import torch
-from conftest import CLASSES
-from painted import NAMES, PLAIN, npz, paint, pixels, run
+from helpers import image_sets as painted
+from helpers.image_sets import NAMES, PLAIN, npz, paint, pixels, run
+from helpers.launch import launch
+from helpers.tiny_files import CLASSES
 from PIL import Image
-from processes import launch
 from pytorch_fid.fid_score import compute_statistics_of_path
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric

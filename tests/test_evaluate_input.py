@@ -7,20 +7,20 @@ import shutil
 import zipfile
 
 import numpy as np
-import painted
 import pytest
 import torch
-from conftest import CLASSES, tree
-from painted import PLAIN, npz, pixels, run
+from helpers import image_sets as painted
+from helpers.image_sets import PLAIN, npz, pixels, run
+from helpers.refusals import ODD, ROW, refused, write_png
+from helpers.tiny_files import CLASSES, tree
 from PIL import Image
-from refusals import ODD, ROW, refused, write_png
 
 import evaluate
-from data import center_crop
+from dataset.images import center_crop
 from evaluation import features
 from evaluation.image_sets import open_set
+from evaluation.metrics import Gaussian
 from evaluation.npz_sets import save_statistics
-from metrics import Gaussian
 
 world, statistics = painted.world, painted.statistics
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from tiny import GOLDEN, awake, tiny_dit
+from helpers.tiny_models import GOLDEN, awake, tiny_dit
 from torch.testing import assert_close
 
-from checkpoint import TABLE, build
+from checkpoint.loading import TABLE, build
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, add_gammas, kind_of, select, store_frozen
 from hierarchy import Hierarchy

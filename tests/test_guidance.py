@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tiny_models import awake, refusal, tiny_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import awake, refusal, tiny_dit
 from torch.testing import assert_close
 
 import guidance

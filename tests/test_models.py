@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tiny import GOLDEN, awake, golden, tiny_dit
+from helpers.tiny_models import GOLDEN, awake, golden, tiny_dit
 from torch.testing import assert_close
 
 from guidance import Guidance, guided
 from models import NORM_EPS, DiT, DiT_models, NormAndModulate, norm_and_modulate
-from sampling import sample_latents_official
+from sampling.samplers import sample_latents_official
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 # DiT (arXiv 2212.09748), table 1: depth, width, heads

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import torch
+from helpers.tiny_models import described
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import described
 
-import packing
-from checkpoint import ADAPTER, STATE, read, save_safetensors
-from data import StepBatches
-from folders import list_files
+from checkpoint.loading import ADAPTER, STATE, read, save_safetensors
+from dataset.images import StepBatches
 from hierarchy import Hierarchy
+from hierarchy import archive as packing
+from hierarchy.layouts import list_files
 
 # ---- hierarchies ------------------------------------------------------------------------------------------------------
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, tree
+from helpers.refusals import ODD, ROW, refused
+from helpers.tiny_files import CLASSES, tree
 from PIL import Image
-from refusals import ODD, ROW, refused
 
-import checkpoint
 import models
-import runtime
 import sample
+from checkpoint import loading as checkpoint
 from diffusion import create_diffusion
 from guidance import GUIDANCES, guided
 from hierarchy import Hierarchy
-from pictures import class_folders
-from sampling import SAMPLERS, sample_latents, to_uint8
-from sampling_options import guidance_of
+from hierarchy.layouts import folder_names
+from runtime import cli as runtime
+from sampling.options import guidance_of
+from sampling.samplers import SAMPLERS, sample_latents, to_uint8
 
-VAE = Path(sample.__file__).parent / "assets/vae"
+VAE = Path(sample.__file__).parent / "examples/glyphs/vae"
 NAMES = [name for names in CLASSES.values() for name in names]
 PIXELS = "--model DiT-Ti/2 --vae none --image-size 8".split()
 STEPS = "--num-sampling-steps", "3"
@@ -95,7 +95,7 @@ def test_compiled_blocks_draw_the_same(run, adapter, monkeypatch):
 
 
 def test_a_folder_for_each_class():
-    assert class_folders(["lynx", "a/b", "a:b", "..", " c. ", "a_b"]) == ["lynx", "a_b-1", "a_b-2", "_", "c", "a_b-5"]
+    assert folder_names(["lynx", "a/b", "a:b", "..", " c. ", "a_b"]) == ["lynx", "a_b-1", "a_b-2", "_", "c", "a_b-5"]
 
 
 @pytest.mark.parametrize(

@@ -9,55 +9,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: F401  slow: forked processes find them
+from helpers import sampling_runs
+from helpers.sampling_runs import NAMES, files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import die_at, launch, worst
 
 import sample_ddp
 from hierarchy import Hierarchy
 from sample_ddp import balanced, random_labels
-from sample_store import Store, Writer
-from sampling import SAMPLERS
+from sampling.samplers import SAMPLERS
+from sampling.store import Store, Writer
 
-NAMES = [name for names in CLASSES.values() for name in names]
-
-
-@pytest.fixture
-def run(adapter, tmp_path):
-    """run(name, *flags, world=1, kill=None) -> exit code; 11 images in 3 steps to tmp_path/name unless flags say otherwise.
-
-    kill = (rank, operation): it is killed when it begins that operation of a file.
-    """
-
-    def run(name, *flags, world=1, kill=None):
-        start = ["--ckpt", adapter, "--sample-dir", tmp_path, "--name", name, "--num-sampling-steps", 3]
-        flags = [*start, "--num-fid-samples", 11, "--format", "both", *flags]
-        spoil = {kill[0]: kill[1]} if kill else {}
-        codes = launch(sample_ddp.main, flags, tmp_path, world, lambda rank: rank in spoil and die_at(spoil[rank]))
-        return codes[kill[0]] if kill else worst(codes)
-
-    return run
-
-
-@pytest.fixture
-def here(adapter, tmp_path, command):
-    """The same in this process -> code, out, err."""
-
-    def here(name, *flags):
-        start = ["--ckpt", adapter, "--sample-dir", tmp_path, "--name", name, "--num-sampling-steps", 3]
-        return command(sample_ddp.main, *start, "--num-fid-samples", 11, "--format", "both", *flags)
-
-    return here
-
-
-def files(root, name):
-    """{path: bytes} of a run: folder and npz."""
-    found = {f"{name}.npz": (root / f"{name}.npz").read_bytes()} if (root / f"{name}.npz").exists() else {}
-    found |= {str(path.relative_to(root)): path.read_bytes() for path in (root / name).rglob("*") if path.is_file()}
-    return {path.removeprefix(name): content for path, content in found.items()}
+run, here = sampling_runs.run, sampling_runs.here
 
 
 def opened(path):

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_sample_ddp
-from conftest import tree
-from refusals import ODD, ROW, refused
-from test_sample_ddp import NAMES, files
+from helpers import sampling_runs
+from helpers.refusals import ODD, ROW, refused
+from helpers.sampling_runs import NAMES, files
+from helpers.tiny_files import tree
 
 import sample_ddp
-import sample_store
 from sample_ddp import balanced
-from sample_store import Store
+from sampling import store as sample_store
+from sampling.store import Store
 
-run, here = test_sample_ddp.run, test_sample_ddp.here
+run, here = sampling_runs.run, sampling_runs.here
 
 
 @pytest.mark.reliability(*ROW)

@@ -1,44 +1,37 @@
-"""The house: imports go from a higher floor to a lower one, nobody imports a script, and files stay short."""
+"""The house: imports go down from room to room, nobody imports a command, there are no circles, and files stay short."""
 
 import ast
 
 import pytest
-from tiny import ROOT, SOURCES
+from helpers.tiny_models import ROOT, SOURCES
 
-FLOORS = [
-    # scripts, and all of tools/: tools alone may use one another
-    {"train", "sample", "sample_ddp", "evaluate"},
-    # joins
-    {"runs", "training_options", "sampling_options"},
-    {"checkpoint", "sampling", "watching", "evaluation.image_sets"},
-    {"steps", "evaluation.npz_sets", "evaluation.measure", "evaluation.comparison"},
-    # parts
-    {"models", "data", "autoencoder", "finetune", "memory", "guidance"},
-    {"metrics", "evaluation.features", "evaluation.reports", "pictures", "sample_store", "evaluation"},
-    {"tiered_embedder", "hierarchy", "latents", "diffusion"},
-    {"diffusion.respace"},
-    {"diffusion.gaussian_diffusion", "folders", "pickles"},
-    {"diffusion.likelihood", "diffusion.schedule", "packing", "runtime"},
+COMMANDS = {"train", "sample", "sample_ddp", "evaluate"}
+FLOORS = [  # a room is a folder or a file of the root; it may import from itself and from the floors below it
+    COMMANDS | {"tools", "benchmarks", "examples"},
+    {"training", "sampling", "evaluation"},
+    {"checkpoint", "dataset"},
+    {"models", "finetune", "guidance", "autoencoder"},
+    {"tiered_embedder", "hierarchy", "diffusion"},
+    {"runtime"},
 ]
+ROOT_FILES = COMMANDS | {"tiered_embedder", "models", "finetune", "guidance", "autoencoder"}
 MOST_LINES = 400
 
 
 def module_of(path):
-    """folders.py -> folders; diffusion/respace.py -> diffusion.respace; diffusion/__init__.py -> diffusion"""
+    """hierarchy/layouts.py -> hierarchy.layouts; diffusion/__init__.py -> diffusion"""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {module_of(path): path for path in SOURCES}
 
 
-def is_tool(module):
-    return module.split(".")[0] == "tools"
+def room(module):
+    return module.split(".")[0]
 
 
 def floor(module):
-    if is_tool(module):
-        return 0
-    return next((i for i, modules in enumerate(FLOORS) if module in modules), None)
+    return next((i for i, rooms in enumerate(FLOORS) if room(module) in rooms), None)
 
 
 def imported(module):
@@ -52,7 +45,7 @@ def imported(module):
             source = ".".join(filter(None, (package if node.level else "", node.module)))
             inner = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()  # from diffusion import respace
             found |= inner or {source}
-    return {name for name in found if name.split(".")[0] in {known.split(".")[0] for known in MODULES}}
+    return {name for name in found if room(name) in {room(known) for known in MODULES}}
 
 
 def test_the_modules_are_found():
@@ -60,23 +53,26 @@ def test_the_modules_are_found():
     assert "tools.diffusers_pipeline.pipeline_finediffusion" in MODULES  # packages within packages, too
     assert imported("models") == {"tiered_embedder"}
     assert {"diffusion.respace", "diffusion.schedule"} <= imported("diffusion")
-    assert {"checkpoint", "finetune", "steps"} <= imported("train") <= MODULES.keys()
+    assert {"finetune", "autoencoder"} <= imported("train") <= MODULES.keys()
+
+
+def test_the_root_holds_the_commands_and_the_paper():
+    assert {path.stem for path in ROOT.glob("*.py")} == ROOT_FILES
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    assert floor(module) is not None, f"{module} has no floor: give it one in FLOORS"
+    assert floor(module) is not None, f"{room(module)} has no floor: give it one in FLOORS"
     for other in imported(module):
         assert other in MODULES, f"{module} imports {other}, which is not there"
-        if is_tool(module) and is_tool(other):
-            continue
-        assert floor(other) > 0, f"{module} imports the script {other}"
-        assert floor(other) > floor(module), f"{module} imports {other}, which is not below it"
+        assert other not in COMMANDS, f"{module} imports the command {other}"
+        if room(other) != room(module) and not (floor(module) == 0 == floor(other)):  # what runs may share code
+            assert floor(other) > floor(module), f"{module} imports {other}, which is not below it"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_circle_of_imports(module):
-    """What the floors leave open: among the modules of tools/."""
+    """What the floors leave open: between the modules of a room."""
     seen, waiting = set(), imported(module)
     while waiting:
         other = waiting.pop()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PARENTS, awake, tiny_dit
+from helpers.tiny_models import PARENTS, awake, tiny_dit
 
 from tiered_embedder import TieredEmbedder
 

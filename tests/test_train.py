@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tree, write_images
+from helpers.tiny_files import tree, write_images
+from helpers.tiny_runs import SPEEDS, TINY
 from PIL import Image
-from trainings import SPEEDS, TINY
 
-import checkpoint
-import runs
 import train
-from steps import drawn
+from checkpoint import loading as checkpoint
 from tools import encode_latents
+from training import state as runs
+from training.step import drawn
 
 ROOT = Path(train.__file__).parent
 ROW = set("step loss mse vb loss_q1 loss_q2 loss_q3 loss_q4 grad_norm lr skipped_steps".split())
 ROW |= set(SPEEDS)
-VAE = ["--vae", str(ROOT / "assets/vae"), "--image-size", "64", "--resume", "none"]
+VAE = ["--vae", str(ROOT / "examples/glyphs/vae"), "--image-size", "64", "--resume", "none"]
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import ImageData, to_rgb
+from dataset.images import ImageData, to_rgb
 from hierarchy import Hierarchy
-from runtime import Parser, few, run_command, sha256, write_whole
+from runtime.cli import Parser, few, run_command, sha256, write_whole
 
 UNREADABLE = {  # finding: what a training makes of such an image
     "unreadable": "no image, or damaged: the next of its class is shown",

@@ -24,11 +24,11 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import latents
 from autoencoder import load_autoencoder
-from data import ImageData
+from dataset import latents
+from dataset.images import ImageData
 from hierarchy import Hierarchy
-from runtime import (
+from runtime.cli import (
     DTYPES,
     PRECISIONS,
     Lock,

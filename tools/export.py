@@ -19,10 +19,10 @@ from string import Template
 
 import torch
 
-import checkpoint
+from checkpoint import loading as checkpoint
 from finetune import kind_of
-from runtime import Parser, run_command, write_whole
-from sampling_options import add_model_options, load_model
+from runtime.cli import Parser, run_command, write_whole
+from sampling.options import add_model_options, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "tools/diffusers_pipeline"  # what a folder in diffusers' form gets beside its weights

@@ -1,0 +1,253 @@
+"""Ours against the official code, side by side in one process, and next to what the hardware can do.
+
+    python -m benchmarks.speed --reference DIR --out benchmarks/speed.md
+
+DIR is a checkout of the official FineDiffusion (github.com/FineDiffusion/FineDiffusion); without it ours is compared
+with itself: PEFT with full fine-tuning, half precision with float32. Weights and data are random, nothing is downloaded.
+The two sides take turns, and a ratio is the median of those of neighbouring turns; before, they must compute the same
+loss or sample.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import official as bench_official
+from benchmarks import sampling_cases as bench_sampling
+from benchmarks import training_cases as bench_training
+from benchmarks.harness import Bench
+from runtime.cli import Parser, check_gpu, compute_type, run_command, write_whole
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run(bench, name, what, **settings)` yields Rows.
+
+    `on`: "cpu", "cuda" or "any"; `reference`: the official code is needed.
+    """
+
+    name: str
+    what: str
+    run: Callable
+    settings: dict = field(default_factory=dict)
+    on: str = "cuda"
+    reference: bool = False
+
+
+T, S = bench_training, bench_sampling
+XL = "DiT-XL/2"
+
+
+def case(name, what, run, on="cuda", reference=False, **settings):
+    return Case(name, what, run, settings, on, reference)
+
+
+# Goals are ratios of times, so 1 / 2.3 is 2.3 times as fast; rates are images/s.
+CASES = [
+    # everywhere the same
+    case("flops-256", "FLOP of PEFT over full, XL/2 at 256 pixels", T.flops, "any", model=XL, size=32, goal=0.6785),
+    case("flops-512", "FLOP of PEFT over full, XL/2 at 512 pixels", T.flops, "any", model=XL, size=64, goal=0.7097),
+    case("saved", "saved activations, PEFT over full, S/4", T.saved, "any", model="DiT-S/4", goal=0.70),
+    # two CPU cores, float32
+    case("loop", "sampler loop around a null model, a step of one guided image",
+         S.loop, "cpu", True, batch=2, steps=250, goal=0.20),
+    case("update-xl", "optimizer and average, XL/2", T.update, "cpu", True, model=XL, goal=0.05),
+    case("step-s8", "PEFT step, S/8, batch 2", T.step, "cpu", True, model="DiT-S/8", batch=2, goal=0.55),
+    case("step-s4", "PEFT step, S/4, batch 4", T.step, "cpu", True, model="DiT-S/4", batch=4, goal=0.65),
+    case("methods-s4", "PEFT over full step, S/4, batch 4", T.methods, "cpu", model="DiT-S/4", batch=4, goal=None),
+    case("half-s4", "PEFT step, bf16 over float32, S/4, batch 4",
+         T.precisions, "cpu", model="DiT-S/4", batch=4, half="bf16"),
+    case("interval-s4", "50 steps, S/4, batch 4: half of them guided, over all guided",
+         S.interval, "cpu", model="DiT-S/4", batch=4, steps=50, goal=0.77),
+    case("sampling-s4", "50 guided steps, S/4, batch 4",
+         S.sampling, "cpu", True, model="DiT-S/4", batch=4, steps=50, goal=0.90),
+    # one H200, XL/2
+    case("train-256", "PEFT step, 256 pixels, batch 64, latents to both",
+         T.step, reference=True, model=XL, batch=64, goal=1 / 2.3, rate=750),
+    case("sampling-256", "250 guided steps, 256 pixels, batch 32, decoded",
+         S.sampling, reference=True, model=XL, batch=32, steps=250, goal=1 / 2.2, decode=True, rate=3.3),
+    case("one", "one image, 256 pixels, 250 guided steps",
+         S.sampling, reference=True, model=XL, batch=1, steps=250, goal=1 / 5, most=0.5),
+    case("waits-training", "waits for the GPU in a training step", T.waits, model=XL, batch=8),
+    case("waits-sampling", "waits for the GPU in a step of the sampler", S.waits, model=XL, batch=8),
+    case("methods-64", "PEFT over full step, batch 64", T.methods, model=XL, batch=64, goal=0.64),
+    case("methods-32", "PEFT over full step, batch 32", T.methods, model=XL, batch=32, goal=0.61),
+    case("memory-64", "peak memory, PEFT over full, batch 64", T.peak, model=XL, batch=64, goal=0.45, most=20),
+    case("train-images", "PEFT step, batch 64: the official with the VAE, ours on cached latents",
+         T.step, reference=True, model=XL, batch=64, goal=1 / 4, vae=S.random_vae),
+    case("encode", "VAE encoder, 256 pixels, batch 64", S.encode, batch=64, rate=1000),
+    case("train-512", "PEFT step, 512 pixels, batch 16", T.alone, model=XL, batch=16, size=64, rate=140),
+    case("outside-25", "time outside the networks, 25 steps, two batches of 32",
+         S.outside, model=XL, batch=32, batches=2, steps=25, goal=0.10),
+    case("sampling-512", "250 guided steps, 512 pixels, batch 4",
+         S.alone, model=XL, batch=4, steps=250, size=64, rate=0.65),
+    case("outside-250", "time outside the networks, 250 steps, a batch of 32",
+         S.outside, model=XL, batch=32, batches=1, steps=250, goal=0.03),
+    case("half-32", "PEFT step, bf16 over float32, batch 32", T.precisions, model=XL, batch=32, half="bf16"),
+]  # fmt: skip
+
+
+def figure(value):
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def table(rows):
+    lines = [
+        "| case | what | ours | official | unit | ratio, quartiles | goal | met | share of the ceiling | sides apart |",
+        "|---|---|---:|---:|---|---|---|---|---|---:|",
+    ]
+    for row in rows:
+        ratio = f"{row.ratio:.3f}" if row.ratio is not None and not row.faults else ""
+        spread = f"({row.spread})" if row.spread else ""
+        goal = "" if row.goal is None else f"{'>=' if row.at_least else '<='} {figure(row.goal)}"
+        met = "; ".join(row.faults) or {None: "", True: "yes", False: "no"}[row.within]
+        apart = "" if row.gate is None else f"{row.gate:.0e}"
+        cells = row.name, row.what, figure(row.ours), figure(row.official), row.unit, f"{ratio} {spread}".strip()
+        lines.append(f"| {' | '.join((*cells, goal, met, row.share, apart))} |")
+    return "\n".join(lines)
+
+
+ABOUT = """Random weights, no layer zero; 10,000 classes and 11 superclasses. A ratio is that of the times of neighbouring
+turns, ours over the other side, below 1 where ours is faster: the median, and in brackets the quartiles and the number
+of turns. Sides apart: the largest relative difference of the losses or samples of both, computed before. Shares of
+the ceilings are those of neighbouring turns, too."""
+
+
+def report(bench, argv, rows, passed_over, loads):
+    """The whole page, in Markdown."""
+    gpu = torch.cuda.get_device_name() if bench.gpu else None
+    hardware = gpu or f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads"
+    half = "float32" if bench.half == "no" else bench.half
+    theirs = "float32 with TF32" if bench.gpu else "float32"
+    ceilings = []
+    for kind, name, unit, scale in (("matmul", f"matmul {half}", "TFLOP/s", 1e12), ("copy", "copy", "GB/s", 1e9)):
+        if len(bench.ceilings[kind]) > 1:
+            low, middle, high = (value / scale for value in statistics.quantiles(bench.ceilings[kind], n=4))
+            ceilings.append(f"{name} {middle:.3g} {unit} ({low:.3g} to {high:.3g})")
+    first = [f"{name} {seconds:.0f} s" for name, seconds in bench.compile_seconds.items()]
+    load = not bench.gpu and f"{min(loads):.1f} to {max(loads):.1f}"
+    notes = {
+        "Ceilings in the same run, median and quartiles; a copy counts what is read and written": "; ".join(ceilings),
+        "First calls, with compilation, which is in no other figure": ", ".join(first),
+        "Not run": ", ".join(passed_over),
+        "Load of the machine before each case, 1 is one busy core": load,
+        "With --tiny": bench.tiny and "the figures mean nothing",
+    }
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    compiled = "compiled" if bench.compiled else "not compiled"
+    return "\n\n".join(
+        [
+            f"# Speed: {hardware}",
+            f"    python -m benchmarks.speed {' '.join(argv)}",
+            f"{versions}. Ours in {half}, {compiled}; the official code in {theirs}.",
+            ABOUT,
+            table(rows),
+            *(f"{title}: {text}." for title, text in notes.items() if text),
+        ]
+    )
+
+
+def chosen(names, device, official, tiny):
+    """The cases to run, and the names of those that lack the reference."""
+    known = [case.name for case in CASES]
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"--only has {', '.join(unknown)}, expected names of {', '.join(known)}.")
+    cases = [c for c in CASES if (c.name in names if names else c.on in (device, "any"))]
+    wrong = [c.name for c in cases if c.on not in (device, "any")]
+    if wrong and not tiny:
+        raise ValueError(f"--only has {', '.join(wrong)}, expected cases for --device {device}: pass the other device.")
+    lacking = [c.name for c in cases if c.reference and not official]
+    if lacking and names:
+        raise ValueError(f"--only has {', '.join(lacking)}, which needs the official code: pass --reference.")
+    return [c for c in cases if c.name not in lacking], [f"{name} (needs --reference)" for name in lacking]
+
+
+def parse_args(argv):
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--reference", metavar="DIR", help="checkout of the official FineDiffusion")
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(case.name for case in CASES)}; default: all of the device's",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=2, help="on a CPU, of both sides")
+    add("--half", choices=["no", "bf16", "fp16"], help="what ours computes in; default: bf16 on a GPU, no on a CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile our blocks; default: on a GPU")
+    add("--seconds", type=float, default=10.0, help="for which a case is repeated, 5 rounds at least")
+    add(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="after which no other case is begun; those of most interest are first",
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="smallest models and few steps, for GPU cases also on a CPU: only to see that they run",
+    )
+    add("--out", help="the table, in Markdown")
+    add("--json", help="a list of {name, ours, official, ratio, goal, within}")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.threads < 1 or args.seconds < 0:
+        raise ValueError(
+            f"Found --threads {args.threads} and --seconds {args.seconds}, expected at least 1 and 0: change them."
+        )
+    check_gpu(args.device)
+    gpu = args.device == "cuda"
+    if not gpu:
+        torch.set_num_threads(args.threads)
+    half = compute_type(args.half or ("bf16" if gpu else "no"), args.device)
+    compiled = gpu if args.compile is None else args.compile
+    official = bench_official.load(args.reference) if args.reference else None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as both train.py do
+    bench = Bench(args.device, official, half, compiled, args.tiny, 0 if args.tiny else args.seconds)
+    cases, passed_over = chosen(args.only, args.device, official, args.tiny)
+    rows, loads, begun = [], [], time.monotonic()
+
+    def write():
+        text = report(bench, argv, rows, passed_over, loads or [0.0]) + "\n"
+        if args.out:
+            write_whole(args.out, lambda part: Path(part).write_text(text))
+        if args.json:
+            records = json.dumps([row.record() for row in rows], indent=1, allow_nan=False) + "\n"
+            write_whole(args.json, lambda part: Path(part).write_text(records))
+        return text
+
+    for case in cases:
+        if time.monotonic() - begun > 60 * args.minutes:
+            passed_over.append(f"{case.name} (no time left)")
+            continue
+        gc.collect()
+        if compiled:
+            torch.compiler.reset()  # graphs for other shapes and types: only so many are kept
+        loads.append(os.getloadavg()[0])
+        new = list(case.run(bench, case.name, case.what, **case.settings))
+        rows += new
+        print(table(new).split("\n", 2)[2], file=sys.stderr, flush=True)
+        write()  # after every case: a run that is cut off leaves what it has
+    print(write())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,55 @@
+"""Tiny images, weights and adapters on the disk."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers.tiny_models import described
+from PIL import Image
+
+from checkpoint import loading as checkpoint
+from finetune import METHODS, kind_of, select
+from models import DiT_models
+from runtime import cli as runtime
+
+CLASSES = {"cats": ("lynx", "manx"), "dogs": ("beagle", "pug", "pug_dog")}  # 4 images each
+
+
+def write_images(root, size, classes=CLASSES, each=4):
+    noise = np.random.default_rng(0)
+    for superclass, names in classes.items():
+        for name in names:
+            folder = Path(root, superclass, name)
+            folder.mkdir(parents=True)
+            for i in range(each):
+                coarse = Image.fromarray(noise.integers(0, 256, (3, 3, 3), np.uint8))
+                coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return Path(root)
+
+
+def random_dit(seed=0, affine=False, **sizes):
+    """Weights of a DiT-Ti/2 in the official form, no layer zero; a plain DiT has no LayerNorm affine."""
+    model = DiT_models["DiT-Ti/2"](**sizes)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, p in model.state_dict().items():
+        if name == "pos_embed":
+            weights[name] = p
+        elif kind_of(name) != "norm" or affine:
+            weights[name] = torch.randn(p.shape, generator=generator) * 0.05 + (kind_of(name) == "norm")
+    return weights
+
+
+def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more):
+    """An adapter as train.py writes it, with random numbers in it -> its path."""
+    description = described(hierarchy, method, base={"path": str(base), "sha256": runtime.sha256(base)}, **more)
+    model = checkpoint.build(description)
+    counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
+    random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
+    checkpoint.save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
+    return path
+
+
+def tree(folder):
+    """{path: its bytes} of all below a folder, to tell that nothing was written."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}

@@ -1,0 +1,85 @@
+"""What the tests of the parts share: golden files, and a DiT of 60 thousand numbers in which nothing is zero."""
+
+import json
+import re
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from finetune import METHODS
+from hierarchy import Hierarchy
+from models import DiT
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/golden"
+APART = ("tests", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split()))  # and hidden folders
+SOURCES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if (first := path.relative_to(ROOT).parts[0]) not in APART and not first.startswith(".")
+)
+PARENTS = [0, 1, 0, 1, 1]  # of 5 classes under 2 superclasses
+PETS = Hierarchy(("beagle", "manx", "pug", "lynx", "puma"), ("cats", "dogs"), PARENTS, "pets")
+THREE_PETS = Hierarchy(("beagle", "manx", "pug"), ("cats", "dogs"), [1, 0, 1], "pets")
+TinyDiT = partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=4)  # the golden files' size
+tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, parents=PARENTS)
+
+
+def described(hierarchy, method="finediffusion", **more):
+    """What an adapter of a DiT-Ti/2 of 8 pixels says of itself, see checkpoint.FIELDS."""
+    return {
+        "model": "DiT-Ti/2",
+        "image_size": 8,
+        "latent_size": 8,
+        "channels": 3,
+        "vae": "none",
+        "method": method,
+        "embedder": METHODS[method].embedder,
+        "hierarchy": hierarchy,
+        "base": None,
+        "step": 7,
+    } | more
+
+
+def make(root, *files):
+    """Empty files below `root`."""
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def golden(name):
+    """(tensors by name, metadata) of tests/golden/<name>.safetensors."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, json.loads(file.metadata()["json"])
+
+
+@torch.no_grad()
+def awake(model, seed=0, std=0.1):
+    """The model with noise on every parameter: at its start DiT's prediction is zero, which would hide all the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name != "pos_embed":
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def same(a, b):
+    """Two state dicts, bit for bit."""
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@contextmanager
+def refusal(*words):
+    """A mistake of the user: a ValueError of one line and one sentence (but for a quoted reason), the words in it, in order."""
+    with pytest.raises(ValueError, match=".*".join(words)) as caught:
+        yield
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and ". " not in re.sub(r"\(.*\)", "", text)

@@ -1,0 +1,351 @@
+"""Files that changed on the disk: a bit, a stretch, an end, or a whole file for another; all of it is noticed."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers.tiny_latents import NAMES, write_latents
+from helpers.tiny_models import THREE_PETS, TinyDiT, awake, refusal, same
+
+from checkpoint import loading as checkpoint
+from dataset import latents
+from dataset.images import LatentData
+from evaluation.image_sets import open_set
+from evaluation.metrics import Gaussian
+from evaluation.npz_sets import save_statistics
+from finetune import METHODS, select
+from models import DiT_models
+from runtime.cli import sha256
+from training import state as runs
+
+ALL, SHORT = 1500, 75
+LATENTS = ("moments.npy", "labels.npy", "images.txt", "latents.json")
+
+
+# ---- ways to change a file: (its bytes, random.Random) -> other bytes -----------------------------
+
+
+def flip(content, chance):
+    at = chance.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+
+
+def flip_head(content, chance):
+    """A bit where names, shapes and descriptions stand."""
+    end = min(len(content), 2000)
+    return flip(content[:end], chance) + content[end:]
+
+
+def cut(content, chance):
+    return content[: chance.randrange(len(content))]
+
+
+def grow(content, chance):
+    return content + chance.randbytes(chance.randrange(1, 9))
+
+
+def insert(content, chance):
+    at = chance.randrange(len(content))
+    return content[:at] + chance.randbytes(chance.randrange(1, 9)) + content[at:]
+
+
+def exchange(content, chance):
+    """Two stretches of a file for each other."""
+    length = chance.randrange(1, len(content) // 3)
+    a, b = chance.randrange(len(content) // 3), chance.randrange(len(content) // 2, len(content) - length)
+    parts = (
+        content[:a],
+        content[b : b + length],
+        content[a + length : b],
+        content[a : a + length],
+        content[b + length :],
+    )
+    return b"".join(parts)
+
+
+def wipe(content, chance):
+    """A block of zeros, as a file system may leave it."""
+    at = chance.randrange(len(content))
+    return content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :]
+
+
+WAYS = (flip, flip_head, cut, grow, insert, exchange, wipe)
+
+
+def changed(content, chance):
+    """(other bytes, how)."""
+    while True:
+        way = chance.choice(WAYS)
+        other = way(content, chance)
+        if other != content:
+            return other, way.__name__
+
+
+# ---- files, and what reads them ------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A file, the function that reads it, which says "damaged" by a ValueError with `words`, and other whole files that
+    could lie there."""
+
+    path: object
+    read: Callable
+    words: str
+    others: list
+
+
+def described(model="tiny", **changes):
+    about = dict(image_size=64, latent_size=8, channels=4, vae="mse", method="finediffusion", embedder="tiered")
+    about |= dict(
+        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(runs.DECISIVE), base=None, step=7
+    )
+    return about | changes
+
+
+def state(path, seed=0, **changes):
+    """A training state of a tiny model, random."""
+    torch.manual_seed(seed)
+    model = awake(checkpoint.build(described()), seed)
+    parameters = select(model, METHODS["finediffusion"])
+    optimizer = torch.optim.AdamW(parameters.values())
+    for p in parameters.values():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    averages = {name: p * 0.5 for name, p in parameters.items()}
+    runs.save_state(path, parameters, averages, optimizer, {"terms": torch.ones(2)}, described(**changes))
+    return path
+
+
+def adapter(path, base):
+    model = awake(checkpoint.build(described()))
+    averages = {name: p.detach() for name, p in select(model, METHODS["finediffusion"]).items()}
+    checkpoint.save_adapter(path, averages, model, described(base={"path": str(base), "sha256": sha256(base)}))
+    return path
+
+
+def plain(path, seed=0):
+    torch.save(awake(TinyDiT(input_size=8, num_classes=5, num_super_classes=1), seed).state_dict(), path)
+    return path
+
+
+def statistics(path):
+    generator = torch.Generator().manual_seed(0)
+    gaussian = Gaussian(9, torch.randn(6, generator=generator).double(), torch.eye(6).double())
+    everything = {name: gaussian for name in (None, *THREE_PETS.superclasses)}
+    save_statistics(path, everything, {"network": {"name": "x"}, "crop": 8}, THREE_PETS)
+    return path
+
+
+def read_statistics(path):
+    found = open_set(path)
+    return found.record, {name: (g.n, g.mean.tolist(), g.covariance.tolist()) for name, g in found.gaussians.items()}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(DiT_models, "tiny", TinyDiT)
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    """{kind: Case} of files with nothing wrong in them."""
+    base, other = plain(tmp_path / "base.pt"), plain(tmp_path / "other.pt", seed=1)
+    here, there = tmp_path / "latents", tmp_path / "others"
+    write_latents(here)
+    write_latents(there, seed=1)
+    latents.write_rest(there, {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
+    path = adapter(tmp_path / "adapter.safetensors", base)
+    # another run's state is whole, and is told by what it was begun with
+    strangers = dict(
+        seed=dict(settings=dict.fromkeys(runs.DECISIVE, 1)), data=dict(data="xyz"), model=dict(image_size=32)
+    )
+    others = [state(tmp_path / f"{name}.safetensors", 1, **changes) for name, changes in strangers.items()]
+
+    def read_state(path):
+        _, tensors, saved = runs.newest_good([path], say=lambda text: None)
+        runs.check_same_run(path, saved, described(step=0), allow_changes=False)
+        return tensors
+
+    def read_base(path):
+        return checkpoint.base_weights({"path": str(base), "sha256": base_hash}, "adapter.safetensors", path)
+
+    base_hash = sha256(base)
+    cases = {
+        "state": Case(state(tmp_path / "7.safetensors"), read_state, "are damaged|was begun with", others),
+        "adapter": Case(path, checkpoint.load_adapted, "is damaged", []),
+        "base": Case(base, read_base, "is not the base of", [other]),
+        "statistics": Case(statistics(tmp_path / "s.npz"), read_statistics, "is damaged", []),
+    }
+    for name in LATENTS:
+        words = "is (not as it was written|of format)"
+        cases[name] = Case(here / name, lambda path: LatentData(path.parent).verify(), words, [there / name])
+    return cases
+
+
+# ---- R3 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.reliability("R3", "changed files: training states, adapters, their base, cached latents")
+def test_a_changed_file_is_noticed(whole, cases, figure):
+    del whole["statistics"]
+    count, found, missed = cases(SHORT, full=ALL), Counter(), []
+    kinds = [*whole, "state", "adapter"]  # half of them in what a training stands on
+    chance = random.Random(0)
+    for case in whole.values():
+        case.read(case.path)
+    for trial in range(count):
+        kind = kinds[trial % len(kinds)]
+        case = whole[kind]
+        content = case.path.read_bytes()
+        if case.others and chance.random() < 0.1:
+            other, way = chance.choice(case.others).read_bytes(), "another file"
+        else:
+            other, way = changed(content, chance)
+        case.path.write_bytes(other)
+        try:
+            with refusal(case.words):
+                case.read(case.path)
+            found[way] += 1
+        except (Exception, pytest.fail.Exception) as error:
+            missed.append((kind, way, trial, repr(error)[:300]))
+        case.path.write_bytes(content)
+    assert not missed
+    figure(f"{found.total():,} of {count:,} detected: " + ", ".join(f"{n} {way}" for way, n in sorted(found.items())))
+
+
+@pytest.mark.reliability("R3", "a changed training state: the one before is used")
+def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
+    count, chance = cases(15, full=300), random.Random(1)
+    newest, before = state(tmp_path / "8.safetensors", seed=1, step=8), state(tmp_path / "7.safetensors")
+    content, expected = newest.read_bytes(), checkpoint.read(before)[0]
+    for _ in range(count):
+        newest.write_bytes(changed(content, chance)[0])
+        said = []
+        path, tensors, description = runs.newest_good([newest, before], said.append)
+        assert path == before and same(tensors, expected) and description["step"] == 7
+        assert (
+            len(said) == 1
+            and "8.safetensors is damaged" in said[0]
+            and said[0].endswith("The state before it is used.")
+        )
+    figure(f"{count} of {count}")
+
+
+def test_a_state_of_another_step_is_taken_as_a_whole(tiny, tmp_path):
+    """It is the same run's, and brings its step along with its numbers: the two cannot come apart."""
+    paths = [state(tmp_path / f"{step}.safetensors", seed=step, step=step) for step in (7, 8)]
+    expected = checkpoint.read(paths[0])[0]
+    paths[0].replace(paths[1])
+    _, tensors, description = runs.newest_good([paths[1]])
+    assert same(tensors, expected) and description["step"] == 7
+
+
+# ---- statistics and files of others: a checksum of the zip for each member -------------------------
+
+
+def noticed_or_harmless(case, values, count, chance):
+    """(changes noticed, changes without any effect); a zip has fields that nobody reads, such as dates."""
+    expected, content, harmless = values(case.path), case.path.read_bytes(), 0
+    for _ in range(count):
+        other, way = changed(content, chance)
+        case.path.write_bytes(other)
+        try:
+            assert values(case.path) == expected, way
+            harmless += 1
+        except ValueError as error:
+            assert str(case.path) in str(error) and "\n" not in str(error)
+    case.path.write_bytes(content)
+    return count - harmless, harmless
+
+
+@pytest.mark.reliability("R3", "changed statistics of evaluate.py (.npz)")
+def test_changed_statistics_are_noticed(whole, cases, figure):
+    count = cases(30, full=500)
+    noticed, harmless = noticed_or_harmless(whole["statistics"], read_statistics, count, random.Random(2))
+    figure(f"{noticed} of {count} refused, {harmless} without any effect on a number, 0 others")
+    assert noticed > count / 2
+
+
+@pytest.mark.reliability("R3", "changed checkpoints of others (.pt), of which no hash is known")
+def test_changed_checkpoints_of_others_are_noticed(whole, cases, figure):
+    def values(path):
+        return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.read(path)[0].items()}
+
+    count = cases(30, full=500)
+    noticed, harmless = noticed_or_harmless(whole["base"], values, count, random.Random(3))
+    figure(f"{noticed} of {count} refused, {harmless} without any effect on a number, 0 others")
+    assert noticed > count / 2
+
+
+# ---- headers that stay valid ---------------------------------------------------------------------
+
+
+def with_header(content, change):
+    """A safetensors file with `change(header)` of its JSON, the data as they are."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = change(content[8:end])
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+VALID = {  # other contents, in a header that safetensors takes
+    "dtype": lambda header: header.replace(b'"F32"', b'"I32"', 1),
+    "shape": lambda header: header.replace(b'"shape":[5,32]', b'"shape":[32,5]', 1),
+    "name": lambda header: header.replace(b"qkv.bias", b"vkq.bias", 1),
+    "step": lambda header: header.replace(b'\\"step\\": 7', b'\\"step\\": 8'),
+    "path": lambda header: header.replace(b"base.pt", b"best.pt"),
+    "format": lambda header: header.replace(b'"format":"pt"', b'"format":"tf"'),
+    "more": lambda header: header.replace(b'"format":"pt"', b'"format":"pt","more":"pt"'),
+    "less": lambda header: header.replace(b'"format":"pt",', b"").replace(b',"format":"pt"', b""),
+    "no hash": lambda header: header.replace(b'"sha256":', b'"sha265":'),
+    "no text": lambda header: header.replace(b'"json":', b'"jsno":'),
+}
+SPELT = {  # the same contents, otherwise written
+    "spaces": lambda header: header + b" " * 8,
+    "line break": lambda header: header.rstrip() + b"\n",
+    "escape": lambda header: header.replace(b'"format":"pt"', b'"format":"\\u0070t"'),
+    "twice": lambda header: header.replace(b'"format":"pt"', b'"format":"tf","format":"pt"'),
+}
+
+
+@pytest.mark.parametrize("change", VALID.values(), ids=VALID)
+def test_another_content_in_a_valid_header_is_noticed(change, whole):
+    case = whole["adapter"]
+    content = case.path.read_bytes()
+    other = with_header(content, change)
+    assert other != content
+    case.path.write_bytes(other)
+    with refusal("adapter.safetensors is damaged"):
+        case.read(case.path)
+
+
+@pytest.mark.parametrize("change", SPELT.values(), ids=SPELT)
+def test_the_same_content_may_be_spelt_otherwise(change, whole):
+    path = whole["adapter"].path
+    content, (tensors, description) = path.read_bytes(), checkpoint.read(path)
+    tensors = {
+        name: tensor.clone() for name, tensor in tensors.items()
+    }  # they were mapped, and the file is written over
+    other = with_header(content, change)
+    assert other != content
+    path.write_bytes(other)
+    again, described = checkpoint.read(path)
+    assert same(again, tensors) and described == description
+
+
+def test_tensors_with_exchanged_places_are_noticed(tiny, tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save_safetensors(path, {"a": torch.zeros(4), "b": torch.ones(4)}, described(format=checkpoint.ADAPTER))
+    checkpoint.read(path)
+    places = [b'"data_offsets":[0,16]', b'"data_offsets":[16,32]']
+
+    def swap(header):
+        assert all(place in header for place in places)
+        return header.replace(places[0], b"?").replace(places[1], places[0]).replace(b"?", places[1])
+
+    path.write_bytes(with_header(path.read_bytes(), swap))
+    with refusal("a.safetensors is damaged"):
+        checkpoint.read(path)

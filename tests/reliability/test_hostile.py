@@ -1,0 +1,236 @@
+"""Files that were made to harm: none is run, none fills more memory than a bound, and each is refused in one sentence."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import resource
+
+import pytest
+import torch
+from helpers.hostile_files import READERS, Call, Trap, deflated, wrapped
+from helpers.tiny_files import random_dit
+from helpers.tiny_models import SOURCES, same
+
+import autoencoder
+from checkpoint import loading as checkpoint
+from evaluation import features
+from hierarchy import Hierarchy
+from hierarchy import archive as packing
+from hierarchy.layouts import folder_names
+
+BOUND = 256  # MB that a file may take beyond what the process has, whatever it says
+
+
+# ---- R4 ------------------------------------------------------------------------------------------
+
+
+def forked(read, path):
+    """(MB that `read(path)` took, what came of it), in a process of its own."""
+    here, there = os.pipe()
+    child = os.fork()
+    if not child:
+        before, outcome = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "read"
+        try:
+            read(path)
+        except ValueError as error:
+            outcome = f"refused: {error}"
+        except BaseException as error:
+            outcome = repr(error)
+        taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        os.write(there, json.dumps([taken, outcome[:2000]]).encode())
+        os._exit(0)
+    os.close(there)
+    with os.fdopen(here) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+@pytest.mark.reliability("R4", "hostile files: run, filling memory, or read")
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_run_and_nothing_inflates(tmp_path, cases, figure):
+    results = {}
+    every = [(read, name, write) for read, files in READERS for name, write in files.items()]
+    for number, (read, name, write) in enumerate(every[:: cases(3, full=1)]):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        write(folder / name, Trap(folder / "sprung"))
+        taken, outcome = forked(read, folder / name)
+        results[name, number] = taken
+        assert not (folder / "sprung").exists(), name
+        assert outcome.startswith("refused: ") and "\n" not in outcome, (name, outcome)
+        assert taken < BOUND, (name, taken)
+    most = max(results, key=results.get)
+    figure(f"{len(results)} files: 0 run, 0 read, at most {results[most]:.0f} MB taken ({most[0]}), bound {BOUND} MB")
+
+
+def test_the_traps_would_have_worked(tmp_path):
+    """Without the precautions: code runs, and memory fills."""
+    pickle.loads(pickle.dumps(wrapped(Trap(tmp_path / "sprung"))))
+    assert (tmp_path / "sprung").exists()
+    deflated(tmp_path / "deflated.pt", None)
+    torch.save({"a": Call(bytearray, 10**8)}, tmp_path / "memory.pt")
+    for name in ("deflated.pt", "memory.pt"):
+        taken, outcome = forked(lambda path: torch.load(path, weights_only=True), tmp_path / name)
+        assert outcome == "read" and taken > 90
+
+
+@pytest.mark.reliability("R4", "DiT's and FineDiffusion's own files are read")
+def test_files_in_the_official_forms_are_read(base, official, adapter, tmp_path, figure):
+    for path in (base, official):
+        record = torch.load(path, weights_only=False)
+        expected = record.get("ema", record)
+        assert same(checkpoint.read(path)[0], expected)
+        torch.save(record, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        assert same(checkpoint.read(tmp_path / "legacy.pt")[0], expected)
+    checkpoint.load_adapted(adapter)
+    figure("4 of 4: plain and with model, ema, opt and args; zip and legacy")
+
+
+# ---- what a file may ask for ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
+def test_weights_that_are_no_floats(dtype, tmp_path):
+    sizes = dict(input_size=8, in_channels=3, num_classes=2)
+    weights = random_dit(**sizes)
+    weights["final_layer.linear.weight"] = weights["final_layer.linear.weight"].to(dtype)
+    torch.save(weights, tmp_path / "dit.pt")
+    model = checkpoint.DiT_models["DiT-Ti/2"](**sizes)
+    before = model.state_dict()["final_layer.linear.weight"].clone()
+    with pytest.raises(ValueError, match=f"no floats final_layer.linear.weight {dtype}"):
+        checkpoint.load(model, checkpoint.read(tmp_path / "dit.pt")[0], "dit.pt")
+    assert model.state_dict()["final_layer.linear.weight"].equal(before)
+    network = torch.nn.Linear(2, 2)
+    tensors = network.state_dict() | {"weight": torch.ones(2, 2).to(dtype)}
+    with pytest.raises(ValueError, match=f"x.pt has weight of {dtype}"):
+        features.load(network, tensors, "x.pt", "a network")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_other_floats(dtype, tmp_path):
+    sizes = dict(input_size=8, in_channels=3, num_classes=2)
+    weights = {name: t.to(dtype) for name, t in random_dit(**sizes).items()}
+    torch.save(weights, tmp_path / "dit.pt")
+    model = checkpoint.DiT_models["DiT-Ti/2"](**sizes)
+    checkpoint.load(model, checkpoint.read(tmp_path / "dit.pt")[0], "dit.pt")
+    assert all(model.state_dict()[name].equal(weights[name].float()) for name in weights)
+
+
+def test_an_adapter_cannot_have_its_autoencoder_downloaded(tmp_path, monkeypatch):
+    """Of names that are no folder, only the two published ones are asked for."""
+    from diffusers import AutoencoderKL
+
+    asked = []
+
+    def load_config(name, revision):
+        asked.append((name, revision))
+        raise OSError("not here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
+    for name in ("someone/vae", "https://example.org/vae", "/nowhere", "..\x1b[2J", "ema/../x"):
+        with pytest.raises(ValueError, match="pass such a folder as --vae"):
+            autoencoder.load_autoencoder(name)
+    assert not asked
+    for name in ("ema", "mse"):
+        with pytest.raises(ValueError, match="not here"):
+            autoencoder.load_autoencoder(name)
+    assert [name for name, _ in asked] == ["stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"]
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for _, commit in asked)
+
+
+NAMES = [
+    "..",
+    ".",
+    "",
+    "/etc/passwd",
+    "../../x",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    " . ",
+    "C:",
+    "~",
+    "$(x)",
+    "a\nb",
+    "-rf",
+    "con.",
+]
+
+
+def test_names_of_classes_stay_in_their_folder(tmp_path):
+    folders = folder_names(NAMES)
+    assert len(set(folders)) == len(NAMES)
+    for name in folders:
+        path = tmp_path / name
+        path.mkdir()
+        assert path.resolve().parent == tmp_path.resolve() and name.strip(". ") == name
+    packing.unpack(packing.pack(Hierarchy(NAMES, ("a",), [0] * len(NAMES)).to_dict()))
+
+
+# ---- promises about the sources ------------------------------------------------------------------
+
+PLACES = {  # what is done in so many files and in no others
+    "torch.load": {"torch_files.py"},
+    "torch.save": {"export.py", "features.py"},  # the forms of others; in memory, for torch-fidelity to read
+    "torch.jit.load": {"features.py"},  # a program that the user names as one
+    "urllib.request.urlopen": {"loading.py"},
+    "torch.hub.download_url_to_file": {"features.py"},  # with a hash
+}
+NEVER = re.compile(
+    r"(c?[pP]ickle|dill|joblib|marshal|shelve|cloudpickle)\.(dumps?|loads?|Pickler|Unpickler|open)|"
+    r"eval|exec|compile|__import__|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get\w+|commands\.\w+|"
+    r"(torch\.)?hub\.load\w*|yaml\.(load|unsafe_load)|\w*\.?urlretrieve"
+)
+IMPORTED = {"torch", "pickle", "subprocess", "os", "urllib.request", "torch.hub", "numpy"}  # called by their full names
+
+
+def calls():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                yield path, node, ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+
+
+def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
+    places = {name: set() for name in PLACES}
+    for path, node, name, options in calls():
+        where = f"{path.name}:{node.lineno}"
+        assert not NEVER.fullmatch(name), where
+        if name in places:
+            places[name].add(path.name)
+        assert name != "torch.load" or options.get("weights_only") == "True", where
+        assert options.get("allow_pickle", "False") == "False" and options.get("shell", "False") == "False", where
+        assert options.get("pretrained", "False") == "False", where
+        if name.startswith("subprocess."):
+            assert isinstance(node.args[0], ast.List), where  # words, no line for a shell
+        assert name != "torch.hub.download_url_to_file" or "hash_prefix" in options, where
+    assert places == PLACES
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in IMPORTED:
+                names = {alias.name for alias in node.names}
+                dangerous = {
+                    "save",
+                    "load",
+                    "loads",
+                    "dump",
+                    "dumps",
+                    "system",
+                    "popen",
+                    "urlopen",
+                    "urlretrieve",
+                    "jit",
+                    "hub",
+                }
+                assert not names & (dangerous | {"run", "Popen", "call", "check_output"}), path
+
+
+def test_every_address_is_encrypted():
+    found = [path.name for path in SOURCES if re.search(r"\b(http|ftp)://", path.read_text())]
+    assert not found
+    assert checkpoint.DIT_URL.startswith("https://")
+    assert all(names[0].startswith("https://") for names in features.PUBLISHED.values())

@@ -1,0 +1,58 @@
+"""The order of a training: a function of seed and step, whatever the number of processes and wherever a run goes on."""
+
+import pytest
+
+from dataset.images import StepBatches
+
+
+def test_an_epoch_is_a_permutation_less_the_incomplete_batch():
+    steps = list(StepBatches(n=23, global_batch=4, seed=1, max_steps=15))
+    assert len(steps) == 15 and {len(rows) for rows in steps} == {4}
+    epochs = [sum(steps[e * 5 : e * 5 + 5], []) for e in range(3)]
+    for rows in epochs:
+        assert len(set(rows)) == 20 and set(rows) <= set(range(23))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_resume_and_another_world_see_the_same_steps():
+    whole = list(StepBatches(50, 12, seed=3, max_steps=11))
+    assert list(StepBatches(50, 12, 3, start_step=6, max_steps=11)) == whole[6:]
+    for world in (2, 3, 4):
+        parts = [StepBatches(50, 12, 3, rank, world, max_steps=11) for rank in range(world)]
+        assert [sum(rows, []) for rows in zip(*parts)] == whole
+    endless = iter(StepBatches(50, 12, 3))
+    assert [next(endless) for _ in range(11)] == whole
+
+
+def test_seed_and_epoch_both_count_and_are_not_exchanged():
+    orders = [
+        next(iter(StepBatches(100, 100, seed, start_step=epoch))) for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)
+    ]
+    assert len({tuple(rows) for rows in orders}) == len(orders)
+    assert all(sorted(rows) == list(range(100)) for rows in orders)
+
+
+def test_the_order_stays_the_same_between_releases():
+    assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [[6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
+
+
+def test_length():
+    assert len(StepBatches(10, 5, 0, start_step=3, max_steps=7)) == 4
+    with pytest.raises(TypeError):
+        len(StepBatches(10, 5, 0))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
+        (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
+        (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
+        (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
+        (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
+        (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
+    ],
+)
+def test_batches_that_cannot_be(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        StepBatches(**arguments)

@@ -1,0 +1,142 @@
+"""What a run takes: of a GPU's memory, said before the first step, and of the disk."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.tiny_models import ROOT, tiny_dit
+
+import train
+from checkpoint import loading as checkpoint
+from finetune import METHODS, kind_of, select
+from hierarchy import Hierarchy
+from models import DiT_models
+from training import memory
+from training import state as runs
+
+SHARED = ROOT.parent / "shared/data/inat2021_categories.csv"
+
+
+def test_saved_bytes_of_a_linear_layer():
+    """A product x w^T keeps x for the gradient of w, and w, a parameter, for that of x."""
+    layer = torch.nn.Linear(8, 4)
+    x = torch.ones(16, 8)
+    assert memory.saved_bytes(lambda: layer(x), layer) == x.nbytes
+    layer.weight.requires_grad_(False)
+    assert memory.saved_bytes(lambda: layer(x), layer) == 0
+    square = torch.ones(16, 8, requires_grad=True)
+    assert memory.saved_bytes(lambda: square**2 + square.sin(), layer) == square.nbytes  # kept twice, counted once
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_activations_grow_with_the_images(images):
+    model = tiny_dit().train()
+    select(model, METHODS["finediffusion"])
+    ones = torch.zeros(images, dtype=torch.long)
+    run = lambda: model(torch.zeros(images, 4, 8, 8), ones, ones, ones)  # noqa: E731
+    per_image, per_pass = memory.activation_bytes(model, nullcontext)
+    assert memory.saved_bytes(run, model) == images * per_image + per_pass and per_image > 100 * per_pass
+
+
+def test_copies_of_trained_weights_are_counted_once():
+    """Under autocast full fine-tuning keeps half-precision copies of the matrices, whatever the number of images."""
+    model = tiny_dit().train()
+    select(model, METHODS["full"])
+    _, per_pass = memory.activation_bytes(model, lambda: torch.autocast("cpu", torch.bfloat16))
+    first = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight")  # their inputs need no gradient
+    names = [name for name, _ in model.named_parameters() if kind_of(name) == "matrix" and name not in first]
+    assert per_pass == pytest.approx(2 * sum(model.get_parameter(name).numel() for name in names), rel=0.02)
+
+
+def test_frozen_matrices_keep_no_activations():
+    """Saved activations of a DiT-S/4 of 256 pixels: those of FineDiffusion over those of full fine-tuning."""
+    saved = {}
+    for method in ("finediffusion", "full"):
+        model = DiT_models["DiT-S/4"](num_classes=4).train()
+        select(model, METHODS[method])
+        saved[method], _ = memory.activation_bytes(model, nullcontext)
+        model.grad_checkpointing = True
+        assert memory.activation_bytes(model, nullcontext)[0] < 0.15 * saved[method]
+    assert saved["finediffusion"] / saved["full"] <= 0.70
+
+
+def test_the_forecast_counts_what_is_kept():
+    model = tiny_dit()
+    trained = select(model, METHODS["bitfit"])
+    need = memory.forecast(model, trained, per_image=1000, per_pass=500, images=8)
+    assert need["weights"] == sum(t.numel() * 4 for t in model.parameters()) + model.y_embedder.parents.numel() * 8
+    assert need["gradients, moments and averages"] == 16 * sum(p.numel() for p in trained.values())
+    assert need["activations"] == 8500
+    half = memory.forecast(model.half(), trained, 1000, 500, 8, vae=torch.nn.Linear(10, 10))
+    assert half["weights"] == (need["weights"] - 40) / 2 + 40 + 440
+
+
+def test_too_little_memory_names_the_flag():
+    need = {"weights": 10 * memory.GIB, "activations": 32 * memory.GIB}
+    enough = memory.say(need, memory.GIB, 32, capacity=80 * memory.GIB)
+    assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
+    little = memory.say(need, memory.GIB, 32, capacity=32 * memory.GIB)
+    assert "too much, pass --micro-batch 19 " in little  # 32 * 0.92 - 10 = 19.4
+    assert "--micro-batch" not in memory.say(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
+    assert " of " not in memory.say(need, memory.GIB, 32)
+
+
+def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7"
+        )
+
+    monkeypatch.setattr(train, "backward", full)
+    flags = "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 20 --num-workers 0".split()
+    result = command(train.main, *flags, "--data-path", images, "--resume", base, "--results-dir", tmp_path)
+    sentence = result.err.strip().split("\n")[-1]
+    assert result.code == 2 and "full with 20 images in a pass (CUDA out of memory), expected room" in sentence
+    assert "--micro-batch 10" in sentence and "--grad-checkpointing" in sentence
+
+
+# ---- the disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Sizes in bytes of the files of a DiT-XL/2 on iNaturalist, with names where they are at hand."""
+    folder, hierarchy = tmp_path_factory.mktemp("xl"), Hierarchy.load("inat2021")
+    if SHARED.is_file():
+        rows = SHARED.read_text().splitlines()[1:]
+        hierarchy = Hierarchy.from_class_names([row.split(",")[1] for row in rows])
+    flags = {name: None for name in runs.DECISIVE}
+    description = {
+        "model": "DiT-XL/2",
+        "image_size": 256,
+        "latent_size": 32,
+        "channels": 4,
+        "vae": "mse",
+        "step": 200_000,
+    }
+    description |= {"method": "finediffusion", "embedder": "tiered", "hierarchy": hierarchy, "settings": flags}
+    description |= {"base": {"path": "pretrained_models/DiT-XL-2-256x256.pt", "sha256": "0" * 64}, "data": "0" * 64}
+    with torch.device("meta"):
+        model = checkpoint.build(description)
+    zeros = {name: torch.zeros(p.shape) for name, p in select(model, METHODS["finediffusion"]).items()}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        checkpoint.save_adapter(folder / name, zeros, model, description, dtype)
+    parameters = {name: torch.nn.Parameter(zero.clone()) for name, zero in zeros.items()}
+    optimizer = torch.optim.AdamW(parameters.values())
+    optimizer.state = {p: {"step": torch.ones(()), "exp_avg": p + 0, "exp_avg_sq": p + 0} for p in parameters.values()}
+    kept = {"terms": torch.zeros(100, 4, 256), "norms": torch.zeros(100)}
+    runs.save_state(folder / "state", parameters, zeros, optimizer, kept, description | {"scaler": None, "epoch": 0})
+    total = sum(p.numel() for p in model.parameters())
+    return {path.name: path.stat().st_size for path in folder.iterdir()} | {"parameters": total}
+
+
+def test_bytes_of_adapters_and_states(written):
+    assert written["fp32"] <= 48.7e6 and written["bf16"] <= 24.4e6
+    # the official checkpoint: the model, its average, and two moments of what is trained, in float32
+    official = 4 * (2 * written["parameters"] + 2 * 12_153_632)
+    assert written["state"] <= official / 28
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the names of iNaturalist are not in the repository")
+def test_names_of_iNaturalist_in_an_adapter(written):
+    assert 48_614_528 + 80_000 < written["fp32"] <= 48.7e6  # they are in there

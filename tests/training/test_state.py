@@ -1,0 +1,245 @@
+"""A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
+
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers.tiny_files import tree
+from helpers.tiny_models import refusal
+from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
+from tensorboard.backend.event_processing import event_accumulator
+
+import train
+from checkpoint import loading as checkpoint
+from runtime import cli as runtime
+from training import logger as watching
+from training import state as runs
+
+FLAGS = [*SAVING, *"--preview-images 0 --max-steps 8".split()]
+
+
+@pytest.fixture(scope="module")
+def flags(images, base, tmp_path_factory):
+    """flags(name, *more) -> those of a run of eight steps."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def flags(name, *more):
+        start = ("--data-path", images, "--resume", base, "--results-dir", root, "--experiment", name)
+        return [str(flag) for flag in (*FLAGS, *start, *more)]
+
+    flags.root = root
+    return flags
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, flags):
+    assert command(train.main, *flags("unbroken")).code == 0
+    return flags.root / "unbroken"
+
+
+def numbers(folder):
+    """(weights, averages and moments by name, rows of metrics but for the times)."""
+    tensors, _ = checkpoint.read(runs.states_of(folder)[0])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return tensors, [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
+
+
+def at_step(monkeypatch, step, action):
+    """Have `action()` called once, when the losses of `step` (from 1) have been added."""
+    add, calls = watching.Watch.add, []
+
+    def added(watch, *arguments):
+        add(watch, *arguments)
+        calls.append(None)
+        if len(calls) == step:
+            action()
+
+    monkeypatch.setattr(watching.Watch, "add", added)
+
+
+# ---- asked to leave ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), getattr(signal, number)))
+        result = command(train.main, *flags(number))
+    for name in runtime.Signals.CODES:
+        signal.signal(name, signal.SIG_DFL if name != signal.SIGINT else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, before)
+    assert result.code == code and "the state of step 5 is saved, the same command goes on" in result.out
+    folder = flags.root / number
+    assert [path.stem for path in runs.states_of(folder)] == ["0000005", "0000003"]
+    assert command(train.main, *flags(number)).code == 0
+    assert not differences(folder, outcome(unbroken))
+
+
+# ---- files that went wrong -----------------------------------------------------------------------
+
+
+def flip(path, position, bit=3):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header"])
+def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
+    folder = flags.root / damage
+    shutil.copytree(unbroken, folder)
+    newest = runs.states_of(folder)[0]
+    size = newest.stat().st_size
+    {
+        "flip": lambda: flip(newest, size // 2),
+        "cut": lambda: os.truncate(newest, size - 1),
+        "empty": lambda: os.truncate(newest, 0),
+        "header": lambda: flip(newest, 200),
+    }[damage]()
+    (folder / "adapters/0000008.safetensors").unlink()
+    result = command(train.main, *flags(damage))
+    assert result.code == 0 and re.search("0000008.safetensors is damaged.*The state before it is used", result.out)
+    assert not differences(folder, outcome(unbroken))
+
+
+def test_when_all_states_are_damaged(command, flags, unbroken):
+    folder = flags.root / "hopeless"
+    shutil.copytree(unbroken, folder)
+    for path in runs.states_of(folder):
+        os.truncate(path, 100)
+    before = tree(folder)
+    result = command(train.main, *flags("hopeless"))
+    assert result.code == 2 and result.err.startswith("train.py: All 3 training states of") and tree(folder) == before
+
+
+def test_the_newest_states_are_kept(unbroken, command, flags):
+    assert [path.stem for path in runs.states_of(unbroken)] == ["0000008", "0000006", "0000003"]
+    assert command(train.main, *flags("kept", "--ckpt-every", 1, "--keep-states", 2)).code == 0
+    assert [path.stem for path in runs.states_of(flags.root / "kept")] == ["0000008", "0000007"]
+    assert len(list((flags.root / "kept/adapters").iterdir())) == 8
+
+
+def test_an_older_state_begins_a_new_branch(unbroken, command, flags):
+    folder = flags.root / "branch"
+    shutil.copytree(unbroken, folder)
+    more = ["--resume", folder / "states/0000003.safetensors", "--max-steps", 4, "--keep-states", 2]
+    assert command(train.main, *flags("branch", *more)).code == 0
+    assert [path.stem for path in runs.states_of(folder)] == ["0000004", "0000003"]
+    (folder / "adapters/0000004.safetensors").unlink()
+    assert command(train.main, *flags("branch")).code == 0
+    assert not differences(folder, outcome(unbroken))
+
+
+def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_path):
+    shutil.copytree(unbroken, flags.root / "changed")
+    result = command(train.main, *flags("changed", "--max-steps", 9, "--lr", 0.5))
+    assert result.code == 2 and "--lr 0.001 (now 0.5)" in result.err and "--allow-changes" in result.err
+    shutil.copytree(images, tmp_path / "pets")
+    shutil.copy(images / "cats/manx/0.png", tmp_path / "pets/cats/manx/9.png")
+    more = flags("changed", "--max-steps", 9, "--data-path", tmp_path / "pets")
+    result = command(train.main, *more)
+    assert result.code == 2 and "was begun with other images or labels" in result.err
+    assert command(train.main, *more, "--allow-changes").code == 0
+    # what does not decide the numbers may change
+    same_numbers = ("--grad-accum", 2, "--grad-checkpointing", "--log-every", 1)
+    assert command(train.main, *flags("unbroken", *same_numbers)).code == 0
+
+
+def test_other_starting_weights(command, flags, unbroken, base, tmp_path):
+    """They would not be looked at: what is trained comes from the state, the rest from the base it was begun with."""
+    shutil.copytree(unbroken, flags.root / "weights")
+    tensors = torch.load(base, weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "other.pt")
+    shutil.copy(base, tmp_path / "moved.pt")
+    before = tree(flags.root / "weights")
+    for weights, words in (
+        (tmp_path / "other.pt", f"{tmp_path}/other.pt is not the base of "),
+        (tmp_path / "lost.pt", f"there is no {tmp_path}/lost.pt: put it there"),
+        ("none", f"was begun with --resume {base}, found none"),
+    ):
+        result = command(train.main, *flags("weights", "--max-steps", 9, "--resume", weights))
+        assert result.code == 2 and words in result.err and tree(flags.root / "weights") == before
+    adapter = unbroken / "adapters/0000003.safetensors"
+    for steps, weights in ((9, tmp_path / "moved.pt"), (10, adapter), (11, flags.root / "weights")):
+        assert command(train.main, *flags("weights", "--max-steps", steps, "--resume", weights)).code == 0
+
+
+def test_a_run_from_random_weights_and_weights_beside_it(command, flags, base):
+    assert command(train.main, *flags("random", "--max-steps", 1, "--resume", "none")).code == 0
+    assert command(train.main, *flags("random", "--max-steps", 2, "--resume", "none")).code == 0
+    result = command(train.main, *flags("random", "--max-steps", 3, "--resume", base))
+    assert result.code == 2 and f"was begun with --resume none, found {base}" in result.err
+
+
+# ---- the same numbers another way ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [("--micro-batch", 1), ("--grad-checkpointing",), ("--grad-accum", 2)])
+def test_less_memory_gives_the_same_numbers(more, command, flags, unbroken):
+    name = more[0].strip("-")
+    assert command(train.main, *flags(name, *more)).code == 0
+    ours, theirs = numbers(flags.root / name), numbers(unbroken)
+    for row, expected in zip(ours[1], theirs[1], strict=True):
+        known = {
+            key: value for key, value in expected.items() if value is not None
+        }  # no timestep of a quartile was drawn
+        assert {key: row[key] for key in known} == pytest.approx(known, rel=1e-4) and row.keys() == expected.keys()
+
+
+def test_half_precision_follows_single(command, flags, unbroken):
+    assert command(train.main, *flags("bf16", "--mixed-precision", "bf16")).code == 0
+    ours, theirs = numbers(flags.root / "bf16"), numbers(unbroken)
+    assert all(t.dtype == torch.float32 for name, t in ours[0].items())
+    assert [row["loss"] for row in ours[1]] == pytest.approx([row["loss"] for row in theirs[1]], rel=0.02)
+    assert ours[1][0]["loss"] != theirs[1][0]["loss"]  # it was computed in half precision
+
+
+def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert runtime.compute_type("bf16", "cuda") == "fp16" and runtime.compute_type("bf16", "cpu") == "bf16"
+    assert runtime.compute_type("no", "cuda") == "no"
+
+
+def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
+    more = ("--report-to", "tensorboard", "--preview-images", 2, "--max-steps", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PREVIEW, "steps", 2)
+        result = command(train.main, *flags("tracked", *more))
+    assert result.code == 0, result.err
+    events = event_accumulator.EventAccumulator(str(flags.root / "tracked/finediffusion"))
+    events.Reload()
+    rows = [json.loads(line) for line in (flags.root / "tracked/metrics.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+    assert [event.step for event in events.Images("samples")] == [3, 4]
+
+
+def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
+    for path in (tmp_path, tmp_path / "log.txt"):
+        held = runtime.Lock(path, "at work in", "--out")
+        with refusal(f"Another process is at work in {tmp_path}, expected", "choose another --out"):
+            runtime.Lock(path, "at work in", "--out")
+        held.close()
+        runtime.Lock(path, "at work in", "--out").close()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_lock_that_cannot_be_made_is_one_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        runtime.Lock(tmp_path / "lost/log.txt", "at work in", "--out")
+    gc.collect()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runtime.fcntl, "flock", unsupported)
+    first, second = (runtime.Lock(tmp_path, "at work in", "--out") for _ in range(2))
+    assert first.handle != second.handle
