@@ -19,13 +19,15 @@ import torch
 from accelerate import PartialState
 
 from evaluation import features
-from evaluation.comparison import FEW, NEIGHBOURS, Measure, Saved, figures, of_all_images
+from evaluation.comparison import FEW_IMAGES, NEIGHBOURS, MeasuredSet, Saved, metrics_of, overall_metrics
 from evaluation.image_sets import check_sides, choose_hierarchy, doubts, open_set, pixels_of
-from evaluation.measure import SAMPLE, Networks, float64_device, make_plan, measure, moments_name
+from evaluation.measure import SAMPLE, Networks, float64_device, make_plan, moments_name, run_pass
 from evaluation.metrics import KID_SUBSETS
 from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
-from runtime.cli import Parser, check_gpu, check_range, few, keep_group, run_command, store_of_attempt
+from runtime.cli import Parser, check_range, run_command, shorten
+from runtime.device import check_gpu
+from runtime.processes import attempt_store, keep_process_group
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -150,7 +152,7 @@ def check_networks(networks, sets, sizes, size, hierarchy):
 # ---- the result ----------------------------------------------------------------------------------
 
 
-def settings_of(path):
+def read_sample_settings(path):
     """settings.json of a folder of samples, or of the folder that an .npz was made from; None without."""
     path = Path(path)
     path = (path if path.is_dir() else path.with_suffix("")) / "settings.json"
@@ -162,7 +164,7 @@ def settings_of(path):
         ) from None
 
 
-def choices_of(args, networks, size, sides):
+def list_choices(args, networks, size, sides):
     """Every choice that the figures depend on."""
     return {
         "seed": args.seed,
@@ -187,9 +189,9 @@ def build_report(args, sets, hierarchy, present, sides, networks, size, settings
     reasons += [
         f"nothing says how {each.path} was made" for each in sets if isinstance(each, Statistics) and not each.record
     ]
-    options = dict(seed=args.seed, floor=args.floor and isinstance(real, Measure))
-    overall = figures(real, fake, networks, None, **options) | of_all_images(real, fake, networks)
-    rows = {hierarchy.superclasses[s]: figures(real, fake, networks, s, **options) for s in present}
+    options = dict(seed=args.seed, floor=args.floor and isinstance(real, MeasuredSet))
+    overall = metrics_of(real, fake, networks, None, **options) | overall_metrics(real, fake, networks)
+    rows = {hierarchy.superclasses[s]: metrics_of(real, fake, networks, s, **options) for s in present}
     notes = doubts(sets, hierarchy, [side.digests for side in sides])
     if (
         settings
@@ -201,10 +203,11 @@ def build_report(args, sets, hierarchy, present, sides, networks, size, settings
             f"{sets[1].path} was sampled with another hierarchy than {hierarchy.name}: see that labels mean the same."
         )
     counts = {name: (row["n_real"], row["n_fake"]) for name, row in {**rows, "overall": overall}.items()}
-    low = [name for name, both in counts.items() if any(n is not None and n < FEW for n in both)]
+    low = [name for name, both in counts.items() if any(n is not None and n < FEW_IMAGES for n in both)]
     if low and networks.features:
         notes.append(
-            f"Below {FEW:,} images a Frechet distance is mostly its own bias, read KID: so in {len(low)} rows ({few(low)})."
+            f"Below {FEW_IMAGES:,} images a Frechet distance is mostly its own bias, read KID: so in {len(low)} rows "
+            f"({shorten(low)})."
         )
     return {
         "format": FORMAT,
@@ -218,7 +221,7 @@ def build_report(args, sets, hierarchy, present, sides, networks, size, settings
             for name, each, side in zip(("real", "fake"), sets, sides)
         },
         "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.digest()},
-        "choices": choices_of(args, networks, size, sides),
+        "choices": list_choices(args, networks, size, sides),
         "sampling": settings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -243,7 +246,7 @@ def save_real(args, side, images, networks, hierarchy, size):
         save_adm(args.save_adm, images, side.gaussian(network.name, None), spatial, rows, size)
 
 
-def say_times(sides):
+def print_times(sides):
     for name, side in zip(("real", "fake"), sides):
         if side.seconds:
             total, outside = side.seconds["total"], side.seconds["total"] - side.seconds["network"]
@@ -256,7 +259,7 @@ def say_times(sides):
 def evaluate(args):
     check_settings(args)
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt())
+    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store())
     device = state.device
     check_gpu(device)
     torch.backends.cudnn.allow_tf32 = False  # features are the same on every GPU but for rounding
@@ -267,7 +270,7 @@ def evaluate(args):
     present = check_sides(sets, hierarchy)
     if isinstance(sets[0], Statistics) and (args.save_stats or args.save_adm):
         raise ValueError(f"{args.real} holds statistics, expected images to make statistics of: drop the flag.")
-    settings = settings_of(args.fake) if args.fake else None
+    settings = read_sample_settings(args.fake) if args.fake else None
     size, images = pixels_of(sets, args.image_size)
     if any(images):
         with state.local_main_process_first():  # one process a node downloads
@@ -276,12 +279,12 @@ def evaluate(args):
         networks = recorded_networks(sets[0])
     sizes = networks.sizes(size, device) if any(images) else {}
     check_networks(networks, sets, sizes, size, hierarchy)
-    sides = [measured_side(args, *each, networks, sizes, hierarchy, sets, device) for each in zip(sets, images)]
-    keep_group()
+    sides = [measure_side(args, *each, networks, sizes, hierarchy, sets, device) for each in zip(sets, images)]
+    keep_process_group()
     state.destroy_process_group()
     if not state.is_main_process:
         return
-    say_times(sides)
+    print_times(sides)
     if args.save_stats or args.save_adm:
         save_real(args, sides[0], images[0], networks, hierarchy, size)
     if args.fake:
@@ -291,7 +294,7 @@ def evaluate(args):
             write_report(Path(args.output), report)
 
 
-def measured_side(args, each, images, networks, sizes, hierarchy, sets, device):
+def measure_side(args, each, images, networks, sizes, hierarchy, sets, device):
     """The `Measure` or `Saved` of a set; None on other processes than the main one."""
     if images is None:
         network = networks.features[0].name
@@ -303,8 +306,8 @@ def measured_side(args, each, images, networks, sizes, hierarchy, sets, device):
         halves = np.bincount(parents[labels], minlength=parents.max() + 1)
     numbers = sum(sizes[network]["features"] for network in networks.features)
     plan = make_plan(each.labels, parents, args.keep_features, numbers, halves, args.seed)
-    measured = measure(images, plan, networks, device, args.batch_size, args.num_workers, each.path.name)
-    return measured and Measure(measured, float64_device(device))
+    measured = run_pass(images, plan, networks, device, args.batch_size, args.num_workers, each.path.name)
+    return measured and MeasuredSet(measured, float64_device(device))
 
 
 def main():

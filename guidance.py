@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-TIMESTEPS = (0, 999)
+ALL_TIMESTEPS = (0, 999)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Guidance:
     kind: str = "superclass"
     scale: float = 4.0
     parent_scale: float = 1.0
-    interval: tuple = TIMESTEPS
+    interval: tuple = ALL_TIMESTEPS
     channels: int | str = 3
     other: dict | None = None
 
@@ -104,7 +104,7 @@ GUIDANCES = (*FORMULAS, "none")
 # ---- rows of the class table: each takes the embedder, labels (N,) and a key for each image -------------------------
 
 
-def drawn_but(own, count, key):
+def draw_other(own, count, key):
     """One of 0..count-1 but `own`, evenly, set by `key`."""
     digest = hashlib.blake2b(f"guide {' '.join(map(str, key))}".encode(), digest_size=16).digest()
     other = int.from_bytes(digest, "little") % (count - 1)
@@ -112,12 +112,12 @@ def drawn_but(own, count, key):
 
 
 def other_classes(embedder, labels, keys):
-    return torch.tensor([drawn_but(c, embedder.num_classes, key) for c, key in zip(labels.tolist(), keys)])
+    return torch.tensor([draw_other(c, embedder.num_classes, key) for c, key in zip(labels.tolist(), keys)])
 
 
 def other_superclasses(embedder, labels, keys):
     own = embedder.superclass_rows(labels) - embedder.num_classes
-    drawn = [drawn_but(p, embedder.num_super_classes, key) for p, key in zip(own.tolist(), keys)]
+    drawn = [draw_other(p, embedder.num_super_classes, key) for p, key in zip(own.tolist(), keys)]
     return torch.tensor(drawn) + embedder.num_classes
 
 
@@ -185,7 +185,7 @@ def guided(model, labels, guidance, keys):
         return rows[kind]
 
     def f(x, t):
-        if guidance.interval != TIMESTEPS and not low <= t[0] <= high:
+        if guidance.interval != ALL_TIMESTEPS and not low <= t[0] <= high:
             return model(x, t, labels)
 
         def eps(*kinds, other=False):

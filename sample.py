@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from guidance import TIMESTEPS
+from guidance import ALL_TIMESTEPS
 from hierarchy.layouts import folder_names
-from runtime.cli import Parser, check_gpu, check_range, run_command
+from runtime.cli import Parser, check_range, run_command
+from runtime.device import check_gpu
 from sampling.grid import caption, labelled_grid
-from sampling.options import add_options, check_images, check_options, guidance_of, load_model
-from sampling.samplers import sample_keyed, sample_latents_official, to_uint8
+from sampling.load import build_guidance, load_model
+from sampling.options import add_options, check_options
+from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
 
 DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
 
@@ -48,14 +50,14 @@ def check_settings(args):
     check_range(args, per_class=(1, 10**9), batch_size=(1, 10**9), seed=(0, 2**63 - 1))
     if args.seed_mode == "official":
         found = args.sampler, args.guidance, *args.guidance_interval
-        if found != ("ddpm", "superclass", *TIMESTEPS):
+        if found != ("ddpm", "superclass", *ALL_TIMESTEPS):
             raise ValueError(
                 f"--seed-mode official is ddpm under superclass guidance at every timestep, found {' '.join(map(str, found))}: "
                 "drop the other flags."
             )
 
 
-def chosen(args, hierarchy):
+def select_labels(args, hierarchy):
     """Labels of --classes."""
     if args.classes is None:
         count = min(DEFAULT_CLASSES, hierarchy.num_classes)
@@ -72,9 +74,9 @@ def sample(args):
     model, description, autoencoder = load_model(args, device)
     if args.compile:
         model.compile_blocks()
-    guidance = guidance_of(args, model, description)
+    guidance = build_guidance(args, model, description)
     hierarchy = description["hierarchy"]
-    labels = chosen(args, hierarchy)
+    labels = select_labels(args, hierarchy)
 
     # one batch of the official stream is one class: the official code sets its seed anew for each
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
@@ -92,7 +94,7 @@ def sample(args):
                 keys = [(args.seed, label, position) for label, position in batch]
                 latents = sample_keyed(model, y, keys, guidance, sampler=args.sampler, steps=args.num_sampling_steps)
             images = autoencoder.decode(latents)
-            check_images(
+            check_finite_images(
                 images, [f"Image {position} of class {label} of seed {args.seed}" for label, position in batch]
             )
             images = to_uint8(images)

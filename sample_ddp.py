@@ -27,24 +27,16 @@ from tqdm import tqdm
 
 from finetune import store_frozen
 from hierarchy.layouts import folder_names
-from runtime.cli import (
-    DTYPES,
-    PRECISIONS,
-    Parser,
-    check_gpu,
-    check_range,
-    compute_type,
-    keep_group,
-    on_main,
-    run_command,
-    sha256,
-    store_of_attempt,
-)
-from sampling.options import add_options, check_images, check_options, guidance_of, load_model
-from sampling.samplers import sample_keyed, to_uint8
+from runtime.cli import Parser, check_range, run_command
+from runtime.device import DTYPES, PRECISIONS, check_gpu, resolve_precision
+from runtime.files import sha256
+from runtime.processes import attempt_store, keep_process_group, run_on_main
+from sampling.load import build_guidance, load_model
+from sampling.options import add_options, check_options
+from sampling.samplers import check_finite_images, sample_keyed, to_uint8
 from sampling.store import FORMATS, Store, Writer
 
-GOLDEN = (5**0.5 - 1) / 2
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def parse_args():
@@ -86,14 +78,14 @@ def check_settings(args):
 # ---- which pictures -------------------------------------------------------------------------------------------------
 
 
-def balanced(count, classes):
+def balanced_labels(count, classes):
     """Labels int64 (count,), label of k: k * stride mod classes, with a stride near the golden section of `classes`.
 
     The stride has no divisor in common with `classes`, so every `classes` images in a row hold each class once: for any
     count the classes differ by one image at most. And any stretch of images is spread evenly over the order of the
     classes, where a superclass is one range or a few: a short run shows each superclass in its share.
     """
-    stride = max(1, round(GOLDEN * classes))
+    stride = max(1, round(GOLDEN_RATIO * classes))
     while math.gcd(stride, classes) > 1:
         stride += 1
     return np.arange(count) * stride % classes
@@ -105,7 +97,7 @@ def random_labels(count, classes, seed):
     return np.array([int.from_bytes(digest, "little") % classes for digest in digests])
 
 
-def settings_of(args, description, autoencoder):
+def collect_settings(args, description, autoencoder):
     """All that decides the pictures, as JSON."""
     weights = hashlib.sha256()
     for name, tensor in autoencoder.vae.state_dict().items() if autoencoder.vae else ():
@@ -149,7 +141,7 @@ def run_name(args, description):
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
-def fill(store, args, generate, batch_size, rank, world):
+def generate_missing(store, args, generate, batch_size, rank, world):
     """Make those of this process's pictures that are not there; `generate(numbers)`: images (n, 3, H, W) in [-1, 1]."""
     count, missing = len(store.labels), store.missing(rank, world)
     done = len(range(rank, count, world)) - len(missing)
@@ -159,7 +151,9 @@ def fill(store, args, generate, batch_size, rank, world):
         for i in range(0, len(missing), batch_size):
             numbers = missing[i : i + batch_size]
             images = generate(numbers)
-            check_images(images, [f"Image {k} of seed {args.global_seed} (class {store.labels[k]})" for k in numbers])
+            check_finite_images(
+                images, [f"Image {k} of seed {args.global_seed} (class {store.labels[k]})" for k in numbers]
+            )
             for k, pixels in zip(numbers, to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()):
                 writer.put(k, pixels)
             done += len(numbers)
@@ -168,7 +162,7 @@ def fill(store, args, generate, batch_size, rank, world):
 
 def sample(args):
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), timeout=timedelta(days=7))
     device, rank, world = state.device, state.process_index, state.num_processes
     check_gpu(device)
     if world > args.num_fid_samples:
@@ -176,7 +170,7 @@ def sample(args):
             f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
             "fewer."
         )
-    precision = compute_type(args.mixed_precision, device)
+    precision = resolve_precision(args.mixed_precision, device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -187,11 +181,11 @@ def sample(args):
         store_frozen(model, half)
     if args.compile:
         model.compile_blocks()
-    guidance = guidance_of(args, model, description)
+    guidance = build_guidance(args, model, description)
 
     hierarchy, count = description["hierarchy"], args.num_fid_samples
     if args.labels == "balanced":
-        labels = balanced(count, hierarchy.num_classes)
+        labels = balanced_labels(count, hierarchy.num_classes)
     else:
         labels = random_labels(count, hierarchy.num_classes, args.global_seed)
     folder = Path(args.sample_dir, args.name or run_name(args, description))
@@ -203,13 +197,13 @@ def sample(args):
         return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
 
     with closing(store):
-        on_main(state, lambda: store.prepare(settings_of(args, description, autoencoder)))
-        fill(store, args, generate, 1 if device.type == "cpu" else args.per_proc_batch_size, rank, world)
+        run_on_main(state, lambda: store.prepare(collect_settings(args, description, autoencoder)))
+        generate_missing(store, args, generate, 1 if device.type == "cpu" else args.per_proc_batch_size, rank, world)
         state.wait_for_everyone()
-        on_main(state, store.finish)
+        run_on_main(state, store.finish)
     if state.is_main_process:
         print(f"{count:,} images in {' and '.join(map(str, store.places()))}")
-    keep_group()
+    keep_process_group()
     state.destroy_process_group()
 
 

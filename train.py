@@ -20,28 +20,37 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 
 from autoencoder import load_autoencoder
-from checkpoint import loading as checkpoint
-from dataset.images import ImageData, LatentData, StepBatches, check_counts, collate
+from checkpoint.download import find_starting_weights
+from checkpoint.format import save_adapter
+from checkpoint.loading import build_model, init_from
+from dataset.images import ImageData, collate
+from dataset.latents import LatentData
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
-from runtime.cli import (
-    DTYPES,
-    Signals,
-    check_gpu,
-    compute_type,
-    keep_group,
-    on_main,
-    run_command,
-    store_of_attempt,
-    write_whole,
-)
+from hierarchy.hierarchy import check_counts
+from runtime.cli import run_command
+from runtime.device import DTYPES, check_gpu, resolve_precision
+from runtime.files import atomic_write
+from runtime.processes import attempt_store, keep_process_group, run_on_main
+from runtime.signals import Signals
 from sampling.samplers import sample_latents
 from training import memory
-from training import state as runs
+from training.batches import StepBatches
 from training.logger import Watch
 from training.options import check_settings, parse_args
-from training.step import Update, backward, drawn, latents_of, learning_rate_factor
+from training.state import (
+    DECISIVE_FLAGS,
+    check_same_run,
+    delete_old_states,
+    latest_valid_state,
+    load_base_of,
+    load_state,
+    lock_run_dir,
+    resolve_run_dir,
+    save_state,
+)
+from training.step import GuardedOptimizer, backward, draw_step_noise, learning_rate_factor, sample_posterior
 
 DIFFUSION = create_diffusion("")
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
@@ -63,7 +72,7 @@ def describe(args, hierarchy, autoencoder, data):
         "null_row": args.null_prob > 0,
         "hierarchy": hierarchy,
         "data": data.fingerprint,
-        "settings": {name: getattr(args, name) for name in runs.DECISIVE},
+        "settings": {name: getattr(args, name) for name in DECISIVE_FLAGS},
         "base": None,
         "step": 0,
     }
@@ -86,7 +95,7 @@ def dry_run(args):
         "null_row": args.null_prob > 0,
     }
     with torch.device("meta"):
-        model = checkpoint.build(description, args.class_dropout_prob, counts_only=True)
+        model = build_model(description, args.class_dropout_prob, counts_only=True)
     trained = select(model, METHODS[args.method])
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained.values())
@@ -122,9 +131,9 @@ def write_adapter(args, run):
         model.train()
         run.ema.swap()
         grid = make_grid(images.cpu(), nrow=4, normalize=True, value_range=(-1, 1))
-        write_whole(run.folder / f"samples/{step:07d}.png", lambda part: save_image(grid, part, format="png"))
+        atomic_write(run.folder / f"samples/{step:07d}.png", lambda part: save_image(grid, part, format="png"))
         run.watch.picture(grid, step)
-    checkpoint.save_adapter(adapter_path(run), run.ema.average, model, run.description, DTYPES[args.adapter_dtype])
+    save_adapter(adapter_path(run), run.ema.average, model, run.description, DTYPES[args.adapter_dtype])
 
 
 def open_data(args, autoencoder, process):
@@ -145,12 +154,12 @@ def open_data(args, autoencoder, process):
 def start_processes(args):
     """(accelerator, folder of the run, its states from new to old); says where the precision is not the one asked for."""
     on_cpu = not torch.accelerator.is_available()
-    process = PartialState(cpu=on_cpu, **store_of_attempt())
+    process = PartialState(cpu=on_cpu, **attempt_store())
     check_gpu(process.device)
     default_name = f"{args.model.replace('/', '-')}-{args.method}"
-    folder, states = runs.place(args.results_dir, args.experiment, args.resume, default_name)
+    folder, states = resolve_run_dir(args.results_dir, args.experiment, args.resume, default_name)
     process.wait_for_everyone()  # before anyone makes the folder
-    precision = compute_type(args.mixed_precision, process.device)
+    precision = resolve_precision(args.mixed_precision, process.device)
     if precision != args.mixed_precision and process.is_main_process:
         print(f"{torch.cuda.get_device_name()} computes no {args.mixed_precision}: {precision} is used.")
     args.mixed_precision = precision
@@ -183,41 +192,41 @@ def begin(args):
     batches.max_steps = args.max_steps or args.epochs * batches.steps_per_epoch
     description = describe(args, hierarchy, autoencoder, data)
 
-    path, tensors, saved = runs.newest_good(states, print if main else lambda text: None)
+    path, tensors, saved = latest_valid_state(states, print if main else lambda text: None)
     torch.manual_seed(args.global_seed)
-    model = checkpoint.build(description, args.class_dropout_prob)
+    model = build_model(description, args.class_dropout_prob)
     parameters = select(model, METHODS[args.method])
     if path:
-        runs.check_same_run(path, saved, description, args.allow_changes)
+        check_same_run(path, saved, description, args.allow_changes)
         description |= {key: saved[key] for key in ("base", "step")}
-        runs.load_base_of(path, saved, model, args.resume)
+        load_base_of(path, saved, model, args.resume)
     else:
         table = args.table_init, args.table_std, args.global_seed
         with accelerator.local_main_process_first():  # one process a node downloads
-            weights = checkpoint.starting_file(args.resume, args.model, args.image_size)
-            description["base"] = checkpoint.start(model, parameters, weights, hierarchy, *table)
+            weights = find_starting_weights(args.resume, args.model, args.image_size)
+            description["base"] = init_from(model, parameters, weights, hierarchy, *table)
     store_frozen(model, half)
     model.to(device).train()
     model.grad_checkpointing = args.grad_checkpointing
     ema = EMA(parameters, args.ema_decay, args.ema_warmup)
     optimizer = adamw(parameters, args.lr, args.table_lr)
 
-    lock = on_main(accelerator, runs.lock, folder)
+    lock = run_on_main(accelerator, lock_run_dir, folder)
     batches.start_step = description["step"]
     stop = args.on_nonfinite == "stop"
-    kept = runs.load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
+    kept = load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
     if path and accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
     watch = Watch(accelerator, folder, batches, data, kept, stop, args.max_bad_images)
     parts = args.grad_accum if not args.micro_batch else -(-batches.share // args.micro_batch)
-    say_start(args, watch, model, parameters, hierarchy, -(-batches.share // parts), autoencoder)
+    log_run_summary(args, watch, model, parameters, hierarchy, -(-batches.share // parts), autoencoder)
     if args.compile:
         model.compile_blocks()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
         exchanged = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
         watch.say(f"gradients exchanged in a step: {exchanged / 1e6:.1f} MB")
-    update = Update(accelerator, optimizer, parameters.values(), args.clip_grad, sticky=stop)
+    update = GuardedOptimizer(accelerator, optimizer, parameters.values(), args.clip_grad, sticky=stop)
     return SimpleNamespace(
         accelerator=accelerator,
         folder=folder,
@@ -237,11 +246,11 @@ def begin(args):
     )
 
 
-def say_start(args, watch, model, parameters, hierarchy, images, autoencoder):
+def log_run_summary(args, watch, model, parameters, hierarchy, images, autoencoder):
     """What the run is and what memory it takes, before the first step."""
     accelerator, data = watch.accelerator, watch.data
     text = json.dumps(vars(args), indent=1) + "\n"
-    on_main(accelerator, write_whole, watch.folder / "args.json", lambda part: part.write_text(text))
+    run_on_main(accelerator, atomic_write, watch.folder / "args.json", lambda part: part.write_text(text))
     count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
     watch.say(
         f"{watch.folder}: {args.model}, {args.method}, {count:,} trained parameters, {len(data):,} images, {hierarchy!r}, "
@@ -250,9 +259,9 @@ def say_start(args, watch, model, parameters, hierarchy, images, autoencoder):
     for warning in data.warnings:
         watch.say(warning)
     per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
-    need = memory.forecast(model, parameters, per_image, per_pass, images, autoencoder.vae)
+    need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae)
     gpu = accelerator.device.type == "cuda"
-    watch.say(memory.say(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
+    watch.say(memory.describe(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
     if accelerator.log_with:
         settings = {name: value for name, value in vars(args).items() if value is not None}
         names = {"wandb": {"name": watch.folder.name, "id": watch.folder.name, "resume": "allow"}}
@@ -265,10 +274,10 @@ def one_step(args, run, step, x, y, shown):
     size = run.model.input_size
     shape = (run.model.in_channels, size, size)
     chances = args.flip, args.class_dropout_prob, args.null_prob
-    r = drawn(args.global_seed, step, args.global_batch_size, shape, *chances, device)
+    r = draw_step_noise(args.global_seed, step, args.global_batch_size, shape, *chances, device)
     r = {name: values[batches.mine] for name, values in r.items()}
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    latents = latents_of(x, r["flip"], r["posterior"], run.autoencoder)
+    latents = sample_posterior(x, r["flip"], r["posterior"], run.autoencoder)
     factor = learning_rate_factor(args.lr_schedule, step, batches.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
@@ -298,10 +307,10 @@ def save(args, run, adapter):
         if adapter:
             write_adapter(args, run)
         path = run.folder / f"states/{step:07d}.safetensors"  # the last to be written: what has a state has its adapter
-        runs.save_state(path, run.parameters, run.ema.average, run.optimizer, run.watch.kept, description | state)
-        runs.keep_newest(path, args.keep_states)
+        save_state(path, run.parameters, run.ema.average, run.optimizer, run.watch.kept, description | state)
+        delete_old_states(path, args.keep_states)
 
-    on_main(run.accelerator, write)
+    run_on_main(run.accelerator, write)
     run.watch.pause(time.perf_counter() - begun)
 
 
@@ -335,7 +344,7 @@ def train(args):
     if not path.is_file():  # an earlier start was asked to leave at this very step
         save(args, run, adapter=True)
     accelerator.print(path)
-    keep_group()
+    keep_process_group()
     accelerator.end_training()
 
 

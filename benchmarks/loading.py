@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import latents
-from dataset.images import LatentData, StepBatches, collate
+from dataset.images import collate
+from dataset.latents import LatentData
 from hierarchy import Hierarchy
-from runtime.cli import Parser, run_command, write_whole
+from runtime.cli import Parser, run_command
+from runtime.files import atomic_write
+from training.batches import StepBatches
 
 GOAL = 1 / 50
 CLASSES = 10
@@ -56,7 +59,7 @@ def write_both(root, count):
     info = INFO | {"images": count, "hierarchy": hierarchy.to_dict()}
     for folder in ("latents", "files/features", "files/labels"):
         (root / folder).mkdir(parents=True)
-    latents.create_moments(root / "latents", info)
+    latents.create_moments_file(root / "latents", info)
     moments = np.load(root / "latents/moments.npy", mmap_mode="r+")
     for i, name in enumerate(tqdm(names, desc="write", unit="sample")):
         moments[i] = random.standard_normal(moments.shape[1:], dtype=np.float32)
@@ -64,7 +67,7 @@ def write_both(root, count):
         np.save(root / f"files/labels/{name}.npy", labels[i : i + 1].numpy())
     moments.flush()
     hashes = [latents.chunk_hash(root / "latents", info, k) for k in range(latents.chunk_count(info))]
-    latents.write_rest(root / "latents", info, names, labels, hashes, [])
+    latents.write_metadata(root / "latents", info, names, labels, hashes, [])
 
 
 def seconds(data, batches):
@@ -150,7 +153,7 @@ def main(argv=None):
     )
     print(text)
     if args.out:
-        write_whole(args.out, lambda part: part.write_text(text))
+        atomic_write(args.out, lambda part: part.write_text(text))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from models import DiT_models
-from runtime.cli import DTYPES, Parser, check_gpu, run_command, write_whole
+from runtime.cli import Parser, run_command
+from runtime.device import DTYPES, check_gpu
+from runtime.files import atomic_write
 from training.logger import memory_gb
-from training.step import Update, backward, drawn
+from training.step import GuardedOptimizer, backward, draw_step_noise
 
 WEIGHT_STD = 0.02  # of the layers that a new DiT has at zero, so that every part of it matters
 
@@ -47,13 +49,13 @@ def train(precision, args):
     model.to(device).train()
     ema = EMA(parameters, 0.9999)
     wrapped, optimizer = accelerator.prepare(model, adamw(parameters, args.lr, args.lr))
-    update = Update(accelerator, optimizer, parameters.values(), sticky=False)
+    update = GuardedOptimizer(accelerator, optimizer, parameters.values(), sticky=False)
     diffusion, shape = create_diffusion(""), (4, model.input_size, model.input_size)
     losses, norms = [], []
     for step in range(args.steps):
         if step == args.warmup:
             begun = synchronised_time(device)
-        r = drawn(args.seed, step, args.batch_size, shape, False, 0.1, 0.0, device)
+        r = draw_step_noise(args.seed, step, args.batch_size, shape, False, 0.1, 0.0, device)
         labels = torch.randint(0, args.classes, (args.batch_size,), device=device)
         terms = backward(accelerator, wrapped, diffusion, r["posterior"], labels, r, args.grad_accum)
         norms.append(update.step())
@@ -120,7 +122,7 @@ def main():
     text = report(args, results)
     print(text)
     if args.out:
-        write_whole(args.out, lambda part: Path(part).write_text(text))
+        atomic_write(args.out, lambda part: Path(part).write_text(text))
 
 
 if __name__ == "__main__":

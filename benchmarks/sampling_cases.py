@@ -13,9 +13,9 @@ from benchmarks.harness import EXACT, GPU_ALONE, Row, apart, count_flops, count_
 from benchmarks.training_cases import random_dit
 from diffusion import create_diffusion
 from finetune import store_frozen
-from guidance import TIMESTEPS, Guidance, guided
-from runtime.cli import DTYPES
-from sampling.samplers import sample_keyed, to_uint8, walk
+from guidance import ALL_TIMESTEPS, Guidance, guided
+from runtime.device import DTYPES
+from sampling.samplers import run_sampler, sample_keyed, to_uint8
 from sampling.store import Store, Writer
 
 SCALE = 4.0
@@ -88,7 +88,7 @@ def same_samples(bench, model, twin, labels, x):
         torch.manual_seed(0)
         expected = bench_official.sample(bench.official, twin, labels, rows, GATE_STEPS, SCALE)
         torch.manual_seed(0)
-        found = walk(prediction, draw_next, steps=GATE_STEPS)
+        found = run_sampler(prediction, draw_next, steps=GATE_STEPS)
         return [(apart(found, expected), EXACT)], predicted(bench, model, labels, x)
 
 
@@ -143,7 +143,11 @@ def interval(bench, name, what, model, batch, steps, goal, size=32):
     own = random_dit(bench, bench.small(model, "DiT-Ti/2"), size)
     labels = labels_of(bench, batch)
     timesteps = create_diffusion(str(steps)).timestep_map
-    intervals = (timesteps[steps // 2], 999), TIMESTEPS, (TIMESTEPS[0] - 1, TIMESTEPS[1])  # the last leaves nothing out
+    intervals = (
+        (timesteps[steps // 2], 999),
+        ALL_TIMESTEPS,
+        (ALL_TIMESTEPS[0] - 1, ALL_TIMESTEPS[1]),
+    )  # the last leaves nothing out
     half, whole, everything = (
         our_sampling(bench, own, labels, Guidance("superclass", SCALE, interval=interval)) for interval in intervals
     )

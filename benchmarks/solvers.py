@@ -14,7 +14,7 @@ from checkpoint.loading import load_adapted
 from diffusion import create_diffusion, space_timesteps
 from guidance import Guidance, guided
 from runtime.cli import Parser, run_command
-from sampling.samplers import draw, noise_stream, solve, solver_timesteps, walk
+from sampling.samplers import draw_noise, noise_stream, run_sampler, run_solver, solver_timesteps
 
 SOLVERS = ("ddim", "dpm++", "unipc")
 STEPS, SPACED_STEPS = (5, 10, 15, 20, 25, 50, 100, 250), (5, 10, 20, 50)
@@ -55,7 +55,7 @@ def problem(path, images, scale):
     keys = [(0, k) for k in range(images)]
     shape = model.in_channels, model.input_size, model.input_size
     predict = guided(model, labels, Guidance(scale=scale), keys)
-    return torch.no_grad()(predict), draw([noise_stream(*key) for key in keys], shape)
+    return torch.no_grad()(predict), draw_noise([noise_stream(*key) for key in keys], shape)
 
 
 def error(found, solution):
@@ -73,7 +73,7 @@ def measure(path, images, scale, bar):
 
     def found(sampler, steps):
         bar.update()
-        return walk(predict, lambda: start, sampler, steps)
+        return run_sampler(predict, lambda: start, sampler, steps)
 
     solution = found("dpm++", ALL)
     apart = {sampler: error(found(sampler, ALL), solution) for sampler in ("ddim", "unipc")}
@@ -82,7 +82,7 @@ def measure(path, images, scale, bar):
     spaced = []
     for name, timesteps in SPACINGS.items():
         bar.update()
-        pairs = [[solve(predict, start, solver, timesteps(n)) for solver in SOLVERS[1:]] for n in SPACED_STEPS]
+        pairs = [[run_solver(predict, start, solver, timesteps(n)) for solver in SOLVERS[1:]] for n in SPACED_STEPS]
         spaced.append([name, *(" / ".join(f"{error(x, solution):.4f}" for x in pair) for pair in pairs)])
     heads = ["steps", *SOLVERS], ["timesteps even in", *(f"{n} steps" for n in SPACED_STEPS)]
     return f"## w = {scale:g}\n\n{table(heads[0], rows)}\n\n`dpm++` / `unipc` on other timesteps:\n\n{table(heads[1], spaced)}\n"

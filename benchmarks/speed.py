@@ -26,7 +26,9 @@ from benchmarks import official as bench_official
 from benchmarks import sampling_cases as bench_sampling
 from benchmarks import training_cases as bench_training
 from benchmarks.harness import Bench
-from runtime.cli import Parser, check_gpu, compute_type, run_command, write_whole
+from runtime.cli import Parser, run_command
+from runtime.device import check_gpu, resolve_precision
+from runtime.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def main(argv=None):
     gpu = args.device == "cuda"
     if not gpu:
         torch.set_num_threads(args.threads)
-    half = compute_type(args.half or ("bf16" if gpu else "no"), args.device)
+    half = resolve_precision(args.half or ("bf16" if gpu else "no"), args.device)
     compiled = gpu if args.compile is None else args.compile
     official = bench_official.load(args.reference) if args.reference else None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as both train.py do
@@ -228,10 +230,10 @@ def main(argv=None):
     def write():
         text = report(bench, argv, rows, passed_over, loads or [0.0]) + "\n"
         if args.out:
-            write_whole(args.out, lambda part: Path(part).write_text(text))
+            atomic_write(args.out, lambda part: Path(part).write_text(text))
         if args.json:
             records = json.dumps([row.record() for row in rows], indent=1, allow_nan=False) + "\n"
-            write_whole(args.json, lambda part: Path(part).write_text(records))
+            atomic_write(args.json, lambda part: Path(part).write_text(records))
         return text
 
     for case in cases:

@@ -15,9 +15,9 @@ from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
 from models import DiT_models
-from runtime.cli import DTYPES
+from runtime.device import DTYPES
 from training import memory
-from training.step import Update, backward, drawn, latents_of
+from training.step import GuardedOptimizer, backward, draw_step_noise, sample_posterior
 
 STD = 0.02  # of the layers that a new DiT has at zero: else they would hide all the rest
 PEFT = "finediffusion"
@@ -52,15 +52,15 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
         model.compile_blocks()
     ema = EMA(parameters, 0.9999)
     wrapped, optimizer = accelerator.prepare(model, adamw(parameters, 1e-4, 1e-4))
-    update = Update(accelerator, optimizer, parameters.values())
+    update = GuardedOptimizer(accelerator, optimizer, parameters.values())
     diffusion, numbers = create_diffusion(""), itertools.count()
 
     def step(x, y, r=None):
         AcceleratorState._shared_state.update(state)
         number = next(numbers)
-        r = r or drawn(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
+        r = r or draw_step_noise(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        terms = backward(accelerator, wrapped, diffusion, latents_of(x, r["flip"], r["posterior"], None), y, r)
+        terms = backward(accelerator, wrapped, diffusion, sample_posterior(x, r["flip"], r["posterior"], None), y, r)
         update.step()
         ema.update(number)
         return terms
@@ -186,7 +186,7 @@ def update(bench, name, what, model, goal):
     grads = {key: torch.randn_like(p) for key, p in chosen.items()}
     accelerator = Accelerator(cpu=not bench.gpu)
     ema, optimizer = EMA(own, 0.9), accelerator.prepare(adamw(own, 1e-4, 1e-4))
-    step = Update(accelerator, optimizer, own.values())
+    step = GuardedOptimizer(accelerator, optimizer, own.values())
     official = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0)
 
     def mine():

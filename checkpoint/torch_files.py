@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from runtime.cli import few
+from runtime.cli import shorten
 
-GET = "download it again, or name another file"
-LEGACY = (
+RETRY_HINT = "download it again, or name another file"
+LEGACY_PICKLES = (
     5  # pickles at the start of a file that is no zip: magic number, protocol, system, the record, keys of the storages
 )
-KNOWN = re.compile(  # all that tensors, plain values and the flags of a training are made of
+KNOWN_NAMES = re.compile(  # all that tensors, plain values and the flags of a training are made of
     r"torch._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch (\w+Storage|Size|device)|"
     r"torch.storage UntypedStorage|torch (b?float|u?int|complex|bool)\d*\w*|"
     r"collections OrderedDict|argparse Namespace|(builtins|__builtin__) set"
@@ -45,7 +45,9 @@ def check_finite(tensors, path):
     weights = {name: t.float() if t.element_size() == 1 else t for name, t in weights.items()}  # float8 has no sum
     bad = [name for name, t in weights.items() if not t.sum().isfinite() and not t.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} has numbers that are not finite in {few(bad, str)}, expected finite weights: {GET}.")
+        raise ValueError(
+            f"{path} has numbers that are not finite in {shorten(bad, str)}, expected finite weights: {RETRY_HINT}."
+        )
 
 
 def read_tensors(path, keys):
@@ -60,13 +62,13 @@ def read_tensors(path, keys):
     if not isinstance(record, dict) or not record or not all(map(torch.is_tensor, record.values())):
         among = " or ".join(f'"{key}"' for key in keys)
         raise ValueError(
-            f"{path} holds {type(record).__name__}, expected tensors by name, or a dict with {among}: {GET}."
+            f"{path} holds {type(record).__name__}, expected tensors by name, or a dict with {among}: {RETRY_HINT}."
         )
     size = Path(path).stat().st_size
     for name, tensor in record.items():
         if tensor.numel() * tensor.element_size() > size:
             raise ValueError(
-                f"{path} has {name} {tuple(tensor.shape)}, more than a file of {size:,} bytes holds: {GET}."
+                f"{path} has {name} {tuple(tensor.shape)}, more than a file of {size:,} bytes holds: {RETRY_HINT}."
             )
     return {str(name).removeprefix("module."): tensor for name, tensor in record.items()}
 
@@ -75,27 +77,27 @@ def read_pickle(path):
     """What `torch.save` wrote, if it holds only tensors, plain values and argparse.Namespace; no code in it is run."""
     check_file(path)
     try:
-        zipped = check_zip(path) if zip_file(path) else check_legacy(path)
+        zipped = check_zip(path) if is_zip(path) else check_legacy(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about files that are then refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Code as error:
+    except PickledCode as error:
         raise ValueError(
             f"{path} holds pickled code, which is not run ({error}), expected tensors only: convert it to safetensors where "
             "you trust it."
         ) from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is no checkpoint that torch can read, expected DiT's form: {GET}.") from None
+        raise ValueError(f"{path} is no checkpoint that torch can read, expected DiT's form: {RETRY_HINT}.") from None
     except Exception as error:  # a damaged pickle raises anything: struct.error, AssertionError, TypeError, ...
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): {GET}.") from None
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): {RETRY_HINT}.") from None
 
 
-class Code(Exception):
+class PickledCode(Exception):
     """What a pickle wants to call."""
 
 
-def zip_file(path):
+def is_zip(path):
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
 
@@ -120,7 +122,7 @@ def check_zip(path):
 def check_legacy(path):
     """False, since it is no zip, for a harmless pickle, or several in a row."""
     with open(path, "rb") as stream:
-        for _ in range(LEGACY):
+        for _ in range(LEGACY_PICKLES):
             check_names(stream)
     return False
 
@@ -129,9 +131,9 @@ def check_names(stream):
     """Read a pickle without building anything; `Code` if it names what no tensor is made of."""
     try:
         for operation, argument, _ in pickletools.genops(stream):
-            if operation.name in ("GLOBAL", "INST") and not KNOWN.fullmatch(argument):
-                raise Code(argument.replace(" ", "."))
+            if operation.name in ("GLOBAL", "INST") and not KNOWN_NAMES.fullmatch(argument):
+                raise PickledCode(argument.replace(" ", "."))
             if operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch.save writes protocol 2
-                raise Code(operation.name)
+                raise PickledCode(operation.name)
     except ValueError as error:
         raise pickle.UnpicklingError(str(error)) from None

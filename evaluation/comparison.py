@@ -9,24 +9,24 @@ import torch
 from evaluation.metrics import (
     Gaussian,
     Moments,
+    features_root,
     frechet_distance,
+    gaussian_root,
     inception_score,
     interval,
     kid,
     kid_size,
     mean_over_pairs,
     mean_over_weighted_pairs,
-    of_features,
-    of_gaussian,
     precision_recall,
     resamples,
 )
 
 NEIGHBOURS = 3  # of precision and recall
-FEW = 2048  # images, below which a covariance of Inception features is singular and FID is mostly its own bias
+FEW_IMAGES = 2048  # images, below which a covariance of Inception features is singular and FID is mostly its own bias
 
 
-class Measure:
+class MeasuredSet:
     """A side of the comparison that was measured; groups are superclasses s, or None for all images."""
 
     def __init__(self, measured, device):
@@ -60,8 +60,8 @@ class Measure:
         if rows.sum() < 2:
             return None
         if self.plan.kept[rows].all() and rows.sum() < features.shape[1]:
-            return of_features(features[rows[self.plan.kept]])
-        return of_gaussian(self.gaussian(name, s, part))
+            return features_root(features[rows[self.plan.kept]])
+        return gaussian_root(self.gaussian(name, s, part))
 
     def sample(self, name, s=None, most=False):
         """Kept features, all of a random sample where not all are kept or `most` of it are asked for."""
@@ -101,7 +101,7 @@ class Saved:
 
     def distribution(self, name, s, part=None):
         gaussian = self.saved(s)
-        return of_gaussian(gaussian) if name == self.network and part is None and gaussian.n not in (0, 1) else None
+        return gaussian_root(gaussian) if name == self.network and part is None and gaussian.n not in (0, 1) else None
 
     def sample(self, name, s=None, most=False):
         return None
@@ -166,7 +166,7 @@ def distances(real, fake, name, s, seed, floor):
     return found
 
 
-def figures(real, fake, networks, s=None, seed=0, floor=False):
+def metrics_of(real, fake, networks, s=None, seed=0, floor=False):
     """The figures of superclass s, or of all images: "fid" and "kid" of Inception's features, those of the others under
     "features"."""
     row = {"n_real": real.n(s), "n_fake": fake.n(s)}
@@ -184,7 +184,7 @@ def figures(real, fake, networks, s=None, seed=0, floor=False):
     return row
 
 
-def of_all_images(real, fake, networks):
+def overall_metrics(real, fake, networks):
     """The figures that are only given overall: precision and recall of the first network, Inception score."""
     row = {}
     for network in networks.features[:1]:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from checkpoint.torch_files import GET, check_file, check_finite, read_tensors
-from runtime.cli import sha256
+from checkpoint.torch_files import RETRY_HINT, check_file, check_finite, read_tensors
+from runtime.files import sha256
 
 RESIZES = {
     "tf1": "bilinear, corners aligned at the top left, as TensorFlow 1: torch-fidelity, ADM, the FID literature",
@@ -101,7 +101,7 @@ def read_weights(path):
         ours = Path(path).suffix == ".safetensors"
         tensors = load_file(path) if ours else read_tensors(path, ("state_dict", "model"))
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {GET}.") from None
+        raise ValueError(f"{path} is damaged ({error}), expected a safetensors file: {RETRY_HINT}.") from None
     check_finite(tensors, path)
     return tensors
 

@@ -15,10 +15,9 @@ from torch.utils.data import Dataset
 
 from dataset.images import UnreadableImage, center_crop, list_images, to_rgb
 from evaluation.npz_sets import Arrays, Statistics, npz_members
-from hierarchy import Hierarchy
-from hierarchy import layouts as folders
-from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible
-from runtime.cli import few
+from hierarchy import Hierarchy, layouts
+from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible_entries
+from runtime.cli import shorten
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
@@ -138,7 +137,7 @@ def images_below(folder, above=()):
     here = os.path.realpath(folder)
     if here in above:
         return []
-    paths = [entry.path for entry in visible(folder) if is_image(entry)]
+    paths = [entry.path for entry in visible_entries(folder) if is_image(entry)]
     for name in subfolders(folder):
         paths += images_below(os.path.join(folder, name), (*above, here))
     return paths
@@ -146,7 +145,7 @@ def images_below(folder, above=()):
 
 def label_by_folder(hierarchy):
     """{name of a folder: label}: the class's name, or what sampling makes of it where no folder can be called so."""
-    written = {name: i for i, name in enumerate(folders.folder_names(hierarchy.classes))}
+    written = {name: i for i, name in enumerate(layouts.folder_names(hierarchy.classes))}
     return written | {name: i for i, name in enumerate(hierarchy.classes)}
 
 
@@ -212,7 +211,7 @@ def check_sides(sets, hierarchy):
         names = [hierarchy.superclasses[s] for s in sorted(there - here)]
         if names:
             raise ValueError(
-                f"{each.path} has no images of {len(names)} superclasses that {other.path} has ({few(names)}), expected the "
+                f"{each.path} has no images of {len(names)} superclasses that {other.path} has ({shorten(names)}), expected the "
                 "same on both sides: add them, or leave them out of both."
             )
     return sorted(present[0])
@@ -242,6 +241,6 @@ def doubts(sets, hierarchy, digests):
         for each, other in ((real, fake), (fake, real)):
             missing = sorted(set(other.labels.tolist()) - set(each.labels.tolist()))
             if missing:
-                names = few(hierarchy.classes[c] for c in missing)
+                names = shorten(hierarchy.classes[c] for c in missing)
                 found.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
     return found

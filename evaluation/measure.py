@@ -209,7 +209,7 @@ def pick(x, mask):
 
 
 @dataclass
-class Measured:
+class PassResult:
     """Of a set of images, on the main process.
 
     moments     {network: {(superclass, part): Moments}}, "NAME spatial" for ADM's spatial features
@@ -231,7 +231,7 @@ class Measured:
     seconds: dict
 
 
-class Pass:
+class PassSums:
     """The sums of one process."""
 
     def __init__(self, images, plan, networks, device):
@@ -305,7 +305,7 @@ class Pass:
         features = {name: torch.cat([part[name] for part in features])[back] for name in features[0]}
         digests = np.concatenate([digest for part in digests for digest in part])[np.argsort(order)]
         seconds = {key: max(part[key] for part in seconds) for key in seconds[0]}
-        return Measured(plan, moments, features, score, diversity, right, digests, seconds)
+        return PassResult(plan, moments, features, score, diversity, right, digests, seconds)
 
 
 def without_logits(outputs):
@@ -316,13 +316,13 @@ def moments_name(network, key):
     return network if key == "features" else f"{network} {key}"
 
 
-def measure(images, plan, networks, device, batch_size=64, workers=4, title="images"):
+def run_pass(images, plan, networks, device, batch_size=64, workers=4, title="images"):
     """`Measured`, or None on other processes than the main one, of `images`: a Dataset of uint8 (3, size, size) and digest,
     with `.size` and `.name(i)`. Each process calls this with the same arguments."""
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     batches = [plan.order[i : i + batch_size] for i in range(0, len(plan.order), batch_size)]
     mine = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
-    sums = Pass(images, plan, networks, device)
+    sums = PassSums(images, plan, networks, device)
     loader = DataLoader(images, batch_sampler=mine, num_workers=workers, pin_memory=device.type == "cuda")
     seconds, start = {"total": 0.0, "network": 0.0}, time.perf_counter()
     with tqdm(total=sum(map(len, mine)), unit="image", desc=title, disable=True if rank else None, leave=False) as bar:

@@ -80,7 +80,7 @@ class Moments:
 # A distribution is (mean (d,), root (d, r)) with root root^T = its covariance.
 
 
-def of_gaussian(gaussian):
+def gaussian_root(gaussian):
     """(mean, root) of a `Gaussian`, by the symmetric eigendecomposition; eigenvalues that are rounding become 0."""
     mean, covariance = gaussian.mean.to(FLOAT), gaussian.covariance.to(FLOAT)
     if covariance.shape != (len(mean), len(mean)):
@@ -94,7 +94,7 @@ def of_gaussian(gaussian):
     return mean, vectors * torch.where(values > noise, values, 0).sqrt()
 
 
-def of_features(features):
+def features_root(features):
     """(mean, root) of (n, d) features: the centred rows themselves over sqrt(n - 1), exact for any n and d."""
     rows = check_features(features)
     mean = rows.mean(0)
@@ -152,12 +152,12 @@ def kid(real, fake, subsets=KID_SUBSETS, size=None, seed=0):
     for _ in range(subsets):
         y = fake[draw.choice(len(fake), size, replace=False)]
         x = real[draw.choice(len(real), size, replace=False)]
-        within = sum(k.sum() - k.diagonal().sum() for k in (kernel(x, x), kernel(y, y)))
-        values.append((within / (size * (size - 1)) - 2 * kernel(x, y).mean()).item())
+        within = sum(k.sum() - k.diagonal().sum() for k in (polynomial_kernel(x, x), polynomial_kernel(y, y)))
+        values.append((within / (size * (size - 1)) - 2 * polynomial_kernel(x, y).mean()).item())
     return float(np.mean(values)), float(np.std(values))
 
 
-def kernel(x, y):
+def polynomial_kernel(x, y):
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -167,15 +167,17 @@ def precision_recall(real, fake, k=3, chunk=1000):
     real, fake = check_features(real, least=k + 1), check_features(fake, least=k + 1)
     centre = real.mean(0)
     real, fake = real - centre, fake - centre
-    radii = [torch.cat([squared(part, x).kthvalue(k + 1).values for part in x.split(chunk)]) for x in (real, fake)]
+    radii = [
+        torch.cat([squared_distances(part, x).kthvalue(k + 1).values for part in x.split(chunk)]) for x in (real, fake)
+    ]
     shares = []
     for x, y, radius in ((fake, real, radii[0]), (real, fake, radii[1])):
-        inside = [(squared(part, y) <= radius).any(1) for part in x.split(chunk)]
+        inside = [(squared_distances(part, y) <= radius).any(1) for part in x.split(chunk)]
         shares.append(torch.cat(inside).double().mean().item())
     return tuple(shares)
 
 
-def squared(x, y):
+def squared_distances(x, y):
     """|x_i - y_j|^2 (n, m), exactly 0 for equal rows."""
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
     distance = norms - 2 * x @ y.T

@@ -16,7 +16,8 @@ from PIL import Image
 
 from evaluation.metrics import Gaussian
 from hierarchy import Hierarchy
-from runtime.cli import few, write_whole
+from runtime.cli import shorten
+from runtime.files import atomic_write
 
 STATISTICS_FORMAT = "finediffusion-statistics-1"
 MOST_BYTES = 2**32  # that are read into memory
@@ -74,7 +75,7 @@ def member(archive, info, file):
 def read_array(path, members, name, kinds="fiu"):
     """An array of an .npz file in memory; ValueError if it is absent, of another kind, objects, or too large."""
     if name not in members:
-        raise ValueError(f"{path} holds {few(members)}, expected {name!r} as well: write it again.")
+        raise ValueError(f"{path} holds {shorten(members)}, expected {name!r} as well: write it again.")
     found = members[name]
     if found.dtype.kind not in kinds:
         raise ValueError(f"{path} has {name!r} of the type {found.dtype}, expected plain numbers: write it again.")
@@ -97,7 +98,9 @@ class Arrays:
 
     def __init__(self, path, members):
         if "arr_0" not in members:
-            raise ValueError(f"{path} holds {few(members)}, expected images in arr_0 or statistics in mu and sigma.")
+            raise ValueError(
+                f"{path} holds {shorten(members)}, expected images in arr_0 or statistics in mu and sigma."
+            )
         images = members["arr_0"]
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3 or images.fortran:
             raise ValueError(
@@ -250,7 +253,7 @@ def save_statistics(path, gaussians, record, hierarchy=None):
         with open(part, "wb") as file:
             np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def save_adm(path, images, gaussian, spatial, rows, size):
@@ -274,4 +277,4 @@ def save_adm(path, images, gaussian, spatial, rows, size):
                 for i in rows:
                     stream.write(images[i][0].permute(1, 2, 0).numpy().tobytes())
 
-    write_whole(path, write)
+    atomic_write(path, write)

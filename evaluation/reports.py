@@ -6,7 +6,7 @@ import json
 
 from matplotlib.figure import Figure
 
-from runtime.cli import write_whole
+from runtime.files import atomic_write
 
 OVERALL = "overall"
 
@@ -140,6 +140,6 @@ def write_report(folder, report):
         "metrics.csv": csv_text(report),
     }
     for name, text in texts.items():
-        write_whole(folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        atomic_write(folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
     figure = bar_figure(report)
-    write_whole(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=120, format="png"))
+    atomic_write(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=120, format="png"))

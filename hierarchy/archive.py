@@ -15,7 +15,7 @@ MOST_SHARED = 9  # a count is one digit
 NAMES = "utf-8", "surrogatepass"  # a name of a folder may be no UTF-8: Python has surrogates for such bytes
 
 
-def pack(record):
+def pack_hierarchy(record):
     """`Hierarchy.to_dict()` -> bytes."""
     names = record.get("classes") or []
     if not names or any("\n" in name for name in names):
@@ -37,7 +37,7 @@ def compressed(record):
     return bz2.compress(json.dumps(record, separators=(",", ":")).encode())
 
 
-def unpack(packed):
+def unpack_hierarchy(packed):
     """The inverse of `pack`; ValueError where the bytes are something else."""
     try:
         texts = list(unpacked_texts(packed))

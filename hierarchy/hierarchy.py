@@ -25,18 +25,18 @@ import torch
 from hierarchy.layouts import (
     INAT_NAME,
     annotation_names,
-    check_once,
+    check_unique_folders,
     class_folders,
+    has_two_levels,
     image_root,
     inat_superclass,
     is_inat,
     is_vegfru,
+    release_root,
     subfolders,
-    two_levels,
-    unpacked,
     vegfru_prefixes,
 )
-from runtime.cli import few
+from runtime.cli import shorten
 
 BUILT_IN = Path(__file__).resolve().parent
 MOST_CLASSES = 1 << 20
@@ -62,7 +62,7 @@ class Hierarchy:
         for field in ("classes", "superclasses"):
             names = getattr(self, field)
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ValueError(f"{self.name}: {field} must be a list of names (strings), got {short(names)}.")
+                raise ValueError(f"{self.name}: {field} must be a list of names (strings), got {short_repr(names)}.")
             object.__setattr__(self, field, tuple(names))
             check_unique(self, field)
         if self.parents is None:
@@ -102,7 +102,7 @@ class Hierarchy:
     @property
     def numbered(self) -> bool:
         """True if the classes have no names but their zero-padded labels."""
-        return self.classes == numbers(self.num_classes)
+        return self.classes == numbered_names(self.num_classes)
 
     @classmethod
     def load(cls, spec: str | os.PathLike) -> "Hierarchy":
@@ -134,8 +134,8 @@ class Hierarchy:
         `superclass/class/*.jpg`: the two levels; VegFru's release: the prefixes of its files;
         iNaturalist's class folders: the rule; others: a `hierarchy.json` in or beside the folder.
         """
-        root = unpacked(path)
-        return from_vegfru(root) if is_vegfru(root) else from_levels(root)
+        root = release_root(path)
+        return hierarchy_from_vegfru(root) if is_vegfru(root) else hierarchy_from_folders(root)
 
     @classmethod
     def from_class_names(cls, names, name: str = "inaturalist") -> "Hierarchy":
@@ -151,7 +151,9 @@ class Hierarchy:
     def from_dict(cls, record: dict, name: str = "hierarchy") -> "Hierarchy":
         """The inverse of `to_dict`; takes every form at the module's head."""
         if not isinstance(record, dict) or not {"superclasses", "parents"} <= record.keys():
-            raise ValueError(f"A hierarchy is a JSON object with 'superclasses' and 'parents', got {short(record)}.")
+            raise ValueError(
+                f"A hierarchy is a JSON object with 'superclasses' and 'parents', got {short_repr(record)}."
+            )
         name, superclasses = record.get("name", name), record["superclasses"]
         classes, parents = record.get("classes"), record["parents"]
         if isinstance(parents, dict):
@@ -159,7 +161,7 @@ class Hierarchy:
         if not isinstance(superclasses, list) or not isinstance(parents, list | type(None)):
             raise ValueError(
                 f"{name}: 'superclasses' must be a list of names and 'parents' a list or "
-                f"an object of ranges, got {short(superclasses)} and {short(parents)}."
+                f"an object of ranges, got {short_repr(superclasses)} and {short_repr(parents)}."
             )
         if parents is not None:
             row = {s: i for i, s in enumerate(superclasses) if isinstance(s, str)}
@@ -167,7 +169,7 @@ class Hierarchy:
             if unknown:
                 raise ValueError(f"{name}: parent {unknown[0]!r} is not among the superclasses; add it there.")
             parents = [row[p] if isinstance(p, str) else p for p in parents]
-            classes = numbers(len(parents)) if classes is None else classes
+            classes = numbered_names(len(parents)) if classes is None else classes
         return cls(classes, superclasses, parents, name)
 
     def to_dict(self) -> dict:
@@ -202,14 +204,14 @@ class Hierarchy:
             if 0 <= int(query) < self.num_classes:
                 return int(query)
             raise ValueError(f"Class {query} is out of range: {self.name} has 0..{self.num_classes - 1}.")
-        return find_part(self, query)
+        return find_by_name_part(self, query)
 
 
-def numbers(count: int) -> tuple[str, ...]:
+def numbered_names(count: int) -> tuple[str, ...]:
     return tuple(f"{i:05d}" for i in range(count))
 
 
-def short(value, limit: int = 80) -> str:
+def short_repr(value, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -260,7 +262,7 @@ def expand_ranges(ranges: dict, name: str) -> list[str]:
         runs = sorted((int(a), int(b), s) for s, pairs in ranges.items() for a, b in pairs)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"{name}: 'parents' is {short(ranges)}, expected [[first, last], ...] per superclass."
+            f"{name}: 'parents' is {short_repr(ranges)}, expected [[first, last], ...] per superclass."
         ) from None
     parents = []
     for first, last, superclass in runs:
@@ -280,11 +282,11 @@ def expand_ranges(ranges: dict, name: str) -> list[str]:
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def from_levels(root: Path) -> Hierarchy:
+def hierarchy_from_folders(root: Path) -> Hierarchy:
     folders = class_folders(root)
     root, names = image_root(root), [folder.name for folder in folders]
-    if two_levels(root):
-        check_once(folders)
+    if has_two_levels(root):
+        check_unique_folders(folders)
         superclasses = subfolders(root)
         row = {name: i for i, name in enumerate(superclasses)}
         return Hierarchy(names, superclasses, [row[f.parent.name] for f in folders], root.name)
@@ -299,7 +301,7 @@ def from_levels(root: Path) -> Hierarchy:
     )
 
 
-def from_vegfru(root: Path) -> Hierarchy:
+def hierarchy_from_vegfru(root: Path) -> Hierarchy:
     """VegFru as it unpacks, classes and superclasses in the order of the release."""
     record = read_json(BUILT_IN / "vegfru.json")
     prefix = vegfru_prefixes(root, record["prefixes"])
@@ -313,7 +315,7 @@ def from_vegfru(root: Path) -> Hierarchy:
 # ---- names ---------------------------------------------------------------------------------------
 
 
-def find_part(hierarchy: Hierarchy, query: str) -> int:
+def find_by_name_part(hierarchy: Hierarchy, query: str) -> int:
     plain = [name.lower().replace("_", " ") for name in hierarchy.classes]
     wanted = " ".join(query.lower().replace("_", " ").split())
     # "Vulpes" means the genus, although the name of one species ends in it
@@ -331,7 +333,7 @@ def find_part(hierarchy: Hierarchy, query: str) -> int:
         if labels:
             raise ValueError(
                 f"{query!r} fits {len(labels)} classes of {hierarchy.name} "
-                f"({few(hierarchy.classes[i] for i in labels)}): write more of the name."
+                f"({shorten(hierarchy.classes[i] for i in labels)}): write more of the name."
             )
     if hierarchy.numbered:
         raise ValueError(
@@ -345,5 +347,20 @@ def find_part(hierarchy: Hierarchy, query: str) -> int:
             labels.setdefault(" ".join(name.split(" ")[-2:]), i)
     close = difflib.get_close_matches(wanted, labels, n=3, cutoff=0.5)
     near = list(dict.fromkeys(hierarchy.classes[labels[name]] for name in close))
-    hint = f"the nearest are {few(near)}" if near else f"it has {few(hierarchy.classes)}"
+    hint = f"the nearest are {shorten(near)}" if near else f"it has {shorten(hierarchy.classes)}"
     raise ValueError(f"No class of {hierarchy.name} is called {query!r}: {hint}.")
+
+
+# ---- which images, which labels ------------------------------------------------------------------
+
+
+def check_counts(hierarchy: Hierarchy, num_classes: int | None, num_super_classes: int | None):
+    """ValueError if a count the user gave (None: not given) is not the hierarchy's."""
+    for flag, given, found in (
+        ("--num-classes", num_classes, hierarchy.num_classes),
+        ("--num-super-classes", num_super_classes, hierarchy.num_super_classes),
+    ):
+        if given is not None and given != found:
+            raise ValueError(
+                f"{flag} is {given}, but {hierarchy.name} has {found}: drop the flag or pass another --hierarchy."
+            )

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.cli import few
+from runtime.cli import shorten
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
 INAT_RANKS = ("number", "kingdom", "phylum", "class", "order", "family", "genus", "epithet")
@@ -23,7 +23,7 @@ VEGFRU_LISTS = "vegfru_list"
 VEGFRU_FILE = re.compile(r"([vf]_\d+)_\d+_\d+\.\w+")
 
 
-def entries(path) -> list[os.DirEntry]:
+def sorted_entries(path) -> list[os.DirEntry]:
     """Entries of a folder by name."""
     with os.scandir(path) as found:
         return sorted(found, key=lambda entry: entry.name)
@@ -34,11 +34,11 @@ def hidden(entry: os.DirEntry) -> bool:
     return entry.name.startswith(".")
 
 
-def visible(path) -> list[os.DirEntry]:
-    return [entry for entry in entries(path) if not hidden(entry)]
+def visible_entries(path) -> list[os.DirEntry]:
+    return [entry for entry in sorted_entries(path) if not hidden(entry)]
 
 
-def is_kind(entry: os.DirEntry, kind: str) -> bool:
+def entry_is(entry: os.DirEntry, kind: str) -> bool:
     """Whether an entry, or what it links to, is a "file" or "dir"; a link to nothing or to itself is neither."""
     if entry.is_symlink():
         return getattr(os.path, f"is{kind}")(entry.path)  # DirEntry raises where links go in a circle
@@ -46,11 +46,11 @@ def is_kind(entry: os.DirEntry, kind: str) -> bool:
 
 
 def subfolders(path) -> list[str]:
-    return [entry.name for entry in visible(path) if is_kind(entry, "dir")]
+    return [entry.name for entry in visible_entries(path) if entry_is(entry, "dir")]
 
 
 def is_image(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not hidden(entry) and is_kind(entry, "file")
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not hidden(entry) and entry_is(entry, "file")
 
 
 def is_inat(names) -> bool:
@@ -61,7 +61,7 @@ def is_vegfru(root: Path) -> bool:
     return any((root / folder).is_dir() for folder in VEGFRU_FOLDERS)
 
 
-def unpacked(path: str | os.PathLike) -> Path:
+def release_root(path: str | os.PathLike) -> Path:
     """The folder that a --data-path means: itself, or that of the release for a list of VegFru."""
     path = Path(path)
     if path.is_dir():
@@ -78,11 +78,11 @@ def image_root(root: Path) -> Path:
     inner = [root / name for name in INAT_FOLDERS if (root / name).is_dir()]
     inner = [path for path in inner if is_inat(subfolders(path))]
     if len(inner) > 1:
-        raise ValueError(f"{root} holds several image folders ({few(path.name for path in inner)}): pass one.")
+        raise ValueError(f"{root} holds several image folders ({shorten(path.name for path in inner)}): pass one.")
     return inner[0] if inner else root
 
 
-def two_levels(root: Path) -> bool:
+def has_two_levels(root: Path) -> bool:
     """True for `superclass/class/*.jpg`, False for `class/*.jpg`; a mixture is a ValueError."""
     names = subfolders(root)
     if is_inat(names):
@@ -103,19 +103,19 @@ def class_folders(root: Path) -> list[Path]:
         return [root / f / name for f in VEGFRU_FOLDERS if (root / f).is_dir() for name in subfolders(root / f)]
     root = image_root(root)
     names = subfolders(root)
-    if not names and any(is_image(entry) for entry in visible(root)):
+    if not names and any(is_image(entry) for entry in visible_entries(root)):
         raise ValueError(
             f"{root} holds images but no folders; expected class/*.jpg or superclass/class/*.jpg, "
             "because the folder's name is the class."
         )
     if not names:
         raise ValueError(f"{root} has no class folders; expected class/*.jpg or superclass/class/*.jpg.")
-    if two_levels(root):
+    if has_two_levels(root):
         return [root / s / name for s in names for name in subfolders(root / s)]
     return [root / name for name in names]
 
 
-def check_once(folders: list[Path]):
+def check_unique_folders(folders: list[Path]):
     """ValueError if two of the class folders have one name."""
     first = {}
     for folder in folders:
@@ -155,7 +155,7 @@ def list_files(path: str | os.PathLike, hierarchy) -> Listing:
     head of an iNaturalist name if the hierarchy has only numbers; superclasses are the
     hierarchy's, whatever folder the class lies in.
     """
-    path, root = Path(path), unpacked(path)
+    path, root = Path(path), release_root(path)
     train = root / VEGFRU_LISTS / "vegfru_train.txt"
     if path.is_file() or is_vegfru(root) and train.is_file():
         listing = list_vegfru(path if path.is_file() else train, root, hierarchy)
@@ -164,21 +164,21 @@ def list_files(path: str | os.PathLike, hierarchy) -> Listing:
     broken = [name for name in listing.names if "\n" in name]
     if broken:
         raise ValueError(
-            f"{root} has a line break in the path of {len(broken)} of its images ({few(broken)}), expected names of one "
+            f"{root} has a line break in the path of {len(broken)} of its images ({shorten(broken)}), expected names of one "
             "line: rename them."
         )
     return listing
 
 
 def list_class_folders(root: Path, folders: list[Path], hierarchy) -> Listing:
-    check_once(folders)
+    check_unique_folders(folders)
     root = root if is_vegfru(root) else image_root(root)
-    label = labels_of([folder.name for folder in folders], hierarchy, root)
+    label = labels_by_folder([folder.name for folder in folders], hierarchy, root)
     names, labels, ignored = [], [], []
     for above in sorted({root, *(folder.parent for folder in folders)}):
-        ignored += [entry.path for entry in entries(above) if hidden(entry) or is_image(entry)]
+        ignored += [entry.path for entry in sorted_entries(above) if hidden(entry) or is_image(entry)]
     for folder in sorted(folders, key=lambda folder: label[folder.name]):
-        found = {entry.name: is_image(entry) for entry in entries(folder)}
+        found = {entry.name: is_image(entry) for entry in sorted_entries(folder)}
         if not any(found.values()):
             raise ValueError(
                 f"Class folder {folder} has no images in it ({', '.join(IMAGE_SUFFIXES)}): "
@@ -197,14 +197,14 @@ def list_vegfru(path: Path, root: Path, hierarchy) -> Listing:
     if missing or not images:
         raise ValueError(
             f"{path} names {len(images)} images, of which {root} lacks {len(missing)} "
-            f"({few(missing)}): unpack the VegFru release again."
+            f"({shorten(missing)}): unpack the VegFru release again."
         )
-    label = labels_of(list({image.parent.name: 0 for image in images}), hierarchy, path)
+    label = labels_by_folder(list({image.parent.name: 0 for image in images}), hierarchy, path)
     images.sort(key=lambda image: label[image.parent.name])
     return Listing(root, [image.as_posix() for image in images], [label[image.parent.name] for image in images], [])
 
 
-def labels_of(names: list[str], hierarchy, root: Path) -> dict[str, int]:
+def labels_by_folder(names: list[str], hierarchy, root: Path) -> dict[str, int]:
     """Folder name -> label; names and classes must be the same set."""
     index = {name: i for i, name in enumerate(hierarchy.classes)}
     key = {name: name for name in names}
@@ -214,13 +214,13 @@ def labels_of(names: list[str], hierarchy, root: Path) -> dict[str, int]:
     if unknown:
         raise ValueError(
             f"{root} has {len(unknown)} class folders that {hierarchy.name} lacks "
-            f"({few(unknown)}): remove them or pass the --hierarchy that has them."
+            f"({shorten(unknown)}): remove them or pass the --hierarchy that has them."
         )
     missing = sorted(index.keys() - set(key.values()), key=index.get)
     if missing:
         raise ValueError(
             f"{root} lacks {len(missing)} of the {hierarchy.num_classes} classes of "
-            f"{hierarchy.name} ({few(missing)}): add their images or pass a smaller --hierarchy."
+            f"{hierarchy.name} ({shorten(missing)}): add their images or pass a smaller --hierarchy."
         )
     return {name: index[key[name]] for name in names}
 
@@ -278,7 +278,7 @@ def vegfru_prefixes(root: Path, known: list[str]) -> dict[str, str]:
     """Class -> `v_SS` or `f_SS` (one of `known`), from its files and checked against the lists."""
     prefix = {}
     for folder in class_folders(root):
-        files = [VEGFRU_FILE.fullmatch(entry.name) for entry in visible(folder)]
+        files = [VEGFRU_FILE.fullmatch(entry.name) for entry in visible_entries(folder)]
         found = sorted({match[1] for match in files if match})
         if len(found) != 1 or found[0] not in known:
             raise ValueError(

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from hierarchy.layouts import is_inat
 
 GAP = 4  # pixels between cells
-INK, PAPER = (20, 20, 20), (255, 255, 255)
+INK, BACKGROUND = (20, 20, 20), (255, 255, 255)
 
 
 def caption(class_name):
@@ -16,7 +16,7 @@ def caption(class_name):
     return " ".join(parts[-2:] if is_inat([class_name]) else parts)
 
 
-def fitted(text, font, width):
+def ellipsize(text, font, width):
     """`text`, shortened with an ellipsis to `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -39,7 +39,7 @@ def labelled_grid(images, captions, columns, cell=None, row_titles=()):
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     heights = [tall + GAP + (line if any(captions[i] for i in row) else 0) for row in rows]
     margin = max([0, *(int(large.getlength(title)) + 3 * GAP for title in row_titles)])
-    sheet = Image.new("RGB", (margin + columns * (cell + GAP) + GAP, sum(heights) + GAP), PAPER)
+    sheet = Image.new("RGB", (margin + columns * (cell + GAP) + GAP, sum(heights) + GAP), BACKGROUND)
     pen, top = ImageDraw.Draw(sheet), GAP
     for row, height, title in zip(rows, heights, [*row_titles, *[""] * len(rows)]):
         pen.text((GAP, top + tall // 2), title, INK, large, anchor="lm")
@@ -47,6 +47,6 @@ def labelled_grid(images, captions, columns, cell=None, row_titles=()):
             left = margin + GAP + column * (cell + GAP)
             image = Image.fromarray(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()))
             sheet.paste(image.resize((cell, tall), Image.Resampling.LANCZOS), (left, top))
-            pen.text((left, top + tall), fitted(captions[i], small, cell), INK, small)
+            pen.text((left, top + tall), ellipsize(captions[i], small, cell), INK, small)
         top += height
     return sheet

@@ -25,7 +25,7 @@ def noise_stream(*key):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def draw(streams, shape, device="cpu"):
+def draw_noise(streams, shape, device="cpu"):
     """Standard normal float32 (N, *shape), the i-th from the i-th stream.
 
     A GPU is not waited for: the copy is queued behind what it computes.
@@ -40,7 +40,7 @@ def draw(streams, shape, device="cpu"):
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
-def walk(predict, draw_next, sampler="ddpm", steps=250, progress=False):
+def run_sampler(predict, draw_next, sampler="ddpm", steps=250, progress=False):
     """Latents (N, C, h, w) from noise.
 
     predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver, t (N,) one timestep in 0..999
@@ -51,7 +51,7 @@ def walk(predict, draw_next, sampler="ddpm", steps=250, progress=False):
     """
     x = draw_next()
     if sampler in ("dpm++", "unipc"):
-        return solve(predict, x, sampler, solver_timesteps(steps), progress)
+        return run_solver(predict, x, sampler, solver_timesteps(steps), progress)
     diffusion = create_diffusion(str(steps))
     loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
     idle = torch.zeros_like(x)  # the last step's noise, and all of DDIM's, is multiplied by zero
@@ -77,7 +77,7 @@ def solver_timesteps(steps):
 
 
 @torch.no_grad()
-def solve(predict, x, sampler, timesteps, progress=False):
+def run_solver(predict, x, sampler, timesteps, progress=False):
     """The latents to which diffusers' multistep solver of order 2 takes x (N, C, h, w); see `walk`.
 
     `timesteps`: int64 (steps,), falling. From the last of them, 0, the last step goes to the x_0 predicted there, as
@@ -117,7 +117,7 @@ def sample_keyed(model, labels, keys, guidance, *, sampler="ddpm", steps=250, pr
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             return prediction(x, t).float()
 
-    return walk(predict, lambda: draw(streams, shape, device), sampler, steps, progress)
+    return run_sampler(predict, lambda: draw_noise(streams, shape, device), sampler, steps, progress)
 
 
 def sample_latents(
@@ -153,3 +153,13 @@ def sample_latents_official(model, labels, *, seed, cfg_scale, steps=250, cfg_ch
 def to_uint8(images):
     """(N, 3, H, W) in [-1, 1] -> uint8, rounded."""
     return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
+
+
+def check_finite_images(images, names):
+    """ValueError where an image of (n, 3, H, W) is not finite; `names`: what to call each."""
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{names[bad[0]]} is not finite, expected pixels: check --ckpt and --cfg-scale and, where they are given, "
+            "--mixed-precision and --tf32."
+        )

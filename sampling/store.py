@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.cli import Lock, named, write_whole
+from runtime.files import Lock, atomic_write, path_in_errors
 
 FORMATS = ("png", "npz", "both")
 DIGEST = 8  # bytes
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-PNG_SHARE, BLOCK = 0.75, 4096  # a photograph's PNG takes about that share of its pixels, and a block of the disk
+PNG_RATIO, BLOCK = 0.75, 4096  # a photograph's PNG takes about that share of its pixels, and a block of the disk
 
 
 class Store:
@@ -64,7 +64,7 @@ class Store:
         self.check_settings(settings)  # again: nobody but this process changes them now
         path = self.folder / "settings.json"
         if not path.exists():
-            write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
+            atomic_write(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
         leftovers = *self.folder.rglob(".*.part"), *self.folder.parent.glob(f".{self.npz.name}.*.part")
         for part in leftovers:  # of a kill
             part.unlink()
@@ -73,7 +73,7 @@ class Store:
             self.npz.unlink()
         if self.in_rows():
             for name, count in (("rows", self.item), ("digests", DIGEST)):
-                with named(self.folder / name), open(self.folder / name, "ab") as file:
+                with path_in_errors(self.folder / name), open(self.folder / name, "ab") as file:
                     file.truncate(len(self.labels) * count)
 
     def check_settings(self, settings):
@@ -103,7 +103,7 @@ class Store:
 
     def check_room(self):
         """ValueError where what is still to be written does not fit on the disk: the npz is written beside its rows."""
-        need = len(self.labels) * (PNG_SHARE * self.item + BLOCK) if self.png else 0
+        need = len(self.labels) * (PNG_RATIO * self.item + BLOCK) if self.png else 0
         need += 2 * len(self.labels) * self.item if self.in_rows() else 0
         need -= sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -158,7 +158,7 @@ class Store:
         if not any(digest):
             return False
         with open(self.folder / "rows", "rb") as rows:
-            fits = digest == digest_of(os.pread(rows.fileno(), self.item, k * self.item))
+            fits = digest == image_digest(os.pread(rows.fileno(), self.item, k * self.item))
         if not fits:
             print(f"Picture {k} in {self.folder}/rows is damaged and is made again.", file=sys.stderr)
         return fits
@@ -166,14 +166,14 @@ class Store:
     def write(self, k, pixels):
         """Put picture k, uint8 (H, W, 3), where it belongs; thread-safe."""
         if self.png:
-            write_whole(self.path(k), lambda part: Image.fromarray(pixels).save(part, format="png"))
+            atomic_write(self.path(k), lambda part: Image.fromarray(pixels).save(part, format="png"))
         if self.in_rows():
             self.put("rows", k, pixels.tobytes())
-            self.put("digests", k, digest_of(pixels.tobytes()))  # last: it says that the row is there
+            self.put("digests", k, image_digest(pixels.tobytes()))  # last: it says that the row is there
 
     def put(self, name, k, data):
         path = self.folder / name
-        with named(path), open(path, "r+b", buffering=0) as file:
+        with path_in_errors(path), open(path, "r+b", buffering=0) as file:
             if os.pwrite(file.fileno(), data, k * len(data)) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -182,7 +182,7 @@ class Store:
     def finish(self):
         """Make the npz of its rows, one after the other, and count the PNGs."""
         if self.in_rows():
-            write_whole(self.npz, self.write_npz)
+            atomic_write(self.npz, self.write_npz)
         for name in ("rows", "digests"):
             (self.folder / name).unlink(missing_ok=True)
         found = sum(1 for _ in self.folder.glob("*/*.png"))
@@ -199,7 +199,7 @@ class Store:
                 with open(self.folder / "rows", "rb") as rows, open(self.folder / "digests", "rb") as digests:
                     for k in range(len(self.labels)):
                         row = rows.read(self.item)
-                        if digest_of(row) != digests.read(DIGEST):
+                        if image_digest(row) != digests.read(DIGEST):
                             raise ValueError(
                                 f"Picture {k} in {self.folder}/rows is damaged: start the same command again, which makes it "
                                 "anew."
@@ -221,7 +221,7 @@ class Store:
             return False
 
 
-def digest_of(data):
+def image_digest(data):
     return hashlib.blake2b(data, digest_size=DIGEST).digest()
 
 

@@ -22,8 +22,9 @@ import models
 import sample
 import sample_ddp
 import train
-from checkpoint import loading as checkpoint
-from dataset.images import LatentData
+from checkpoint.format import read_description, read_weights
+from checkpoint.loading import load_adapted
+from dataset.latents import LatentData
 from tools import encode_latents
 
 EXPECTED, RECORD = golden("before/expected")
@@ -90,7 +91,7 @@ def pixels(path):
 def test_an_adapter_is_the_model_it_was(base, before, agree):
     if base:
         (before / "base.safetensors").unlink()
-    model, description = checkpoint.load_adapted(before / ADAPTER, base)
+    model, description = load_adapted(before / ADAPTER, base)
     assert digest(model.state_dict()) == RECORD["model"]
     assert description | RECORD["description"] == description and description["base"]["path"] == "base.safetensors"
     assert description["hierarchy"] == LatentData("latents").hierarchy
@@ -99,15 +100,15 @@ def test_an_adapter_is_the_model_it_was(base, before, agree):
 
 
 def test_an_adapter_without_a_base_is_a_whole_model():
-    model, description = checkpoint.load_adapted("base.safetensors")
-    tensors, _ = checkpoint.read("base.safetensors")
+    model, description = load_adapted("base.safetensors")
+    tensors, _ = read_weights("base.safetensors")
     assert description["method"] == "full" and description["base"] is None and same(model.state_dict(), tensors)
 
 
 def test_sample_draws_the_same_images(before, command, agree):
     result = command(sample.main, *SAMPLE, "--classes", "all", "--sample-dir", "drawn")
     assert result.code == 0, result.err
-    names = checkpoint.description_of(ADAPTER)["hierarchy"].classes
+    names = read_description(ADAPTER)["hierarchy"].classes
     agree(torch.stack([pixels(before / f"drawn/{name}/000000.png") for name in names]), EXPECTED["images"])
 
 
@@ -117,11 +118,11 @@ def test_sample_draws_the_same_images(before, command, agree):
 @pytest.mark.parametrize("resume", [[], ["--resume", "run"], ["--resume", STATE]])
 def test_a_run_goes_on(resume, command, agree):
     """From a state within a row of metrics, whose rows after it are written anew."""
-    assert any(name.startswith("row/") for name in checkpoint.read(STATE)[0])
+    assert any(name.startswith("row/") for name in read_weights(STATE)[0])
     assert [json.loads(line)["step"] for line in open("run/metrics.jsonl")] == [2, 4, 5]
     result = command(train.main, *TRAIN, *resume)
     assert result.code == 0, result.err
-    found, description = checkpoint.read("run/adapters/0000005.safetensors")
+    found, description = read_weights("run/adapters/0000005.safetensors")
     assert found.keys() == CONTINUED.keys() and description["step"] == 5
     for name in found:  # a key's bias has a gradient of 0, so AdamW steps by the rounding of it: 2e-5 between CPUs
         agree(found[name], CONTINUED[name], atol=1e-4)

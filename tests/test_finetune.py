@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_models import GOLDEN, awake, tiny_dit
 from torch.testing import assert_close
 
-from checkpoint.loading import TABLE, build
+from checkpoint.loading import TABLE, build_model
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, add_gammas, kind_of, select, store_frozen
 from hierarchy import Hierarchy
@@ -26,7 +26,7 @@ def meta_xl(method, hierarchy="inat2021", latent_size=32):
         "embedder": METHODS[method].embedder,
     }
     with torch.device("meta"):
-        return build(description, counts_only=True)
+        return build_model(description, counts_only=True)
 
 
 def method_model(method, seed=0):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import guidance
 from finetune import add_gammas
-from guidance import FORMULAS, GUIDANCES, Guidance, check_guidance, drawn_but, guided, swapped
+from guidance import FORMULAS, GUIDANCES, Guidance, check_guidance, draw_other, guided, swapped
 
 LABELS = torch.tensor([0, 1, 4, 2])
 PARENT_ROWS, NULL = torch.tensor([5, 6, 6, 5]), 7
@@ -247,12 +247,12 @@ def test_a_chain_leaves_out_what_cancels(ask, dit):
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_drawn_rows_are_never_the_own(count, data):
     own, key = data.draw(st.integers(0, count - 1)), data.draw(st.tuples(st.integers(0), st.integers(0)))
-    drawn = drawn_but(own, count, key)
-    assert 0 <= drawn < count and drawn != own and drawn == drawn_but(own, count, key)
+    drawn = draw_other(own, count, key)
+    assert 0 <= drawn < count and drawn != own and drawn == draw_other(own, count, key)
 
 
 def test_drawn_rows_are_uniform():
-    drawn = torch.tensor([drawn_but(3, 11, (0, k)) for k in range(5000)])
+    drawn = torch.tensor([draw_other(3, 11, (0, k)) for k in range(5000)])
     counts = drawn.bincount(minlength=11)
     assert counts[3] == 0
     assert abs(counts[counts > 0] - 500).max() < 4 * 500**0.5

@@ -8,11 +8,10 @@ from helpers.tiny_models import described
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.loading import ADAPTER, STATE, read, save_safetensors
-from dataset.images import StepBatches
-from hierarchy import Hierarchy
-from hierarchy import archive as packing
+from checkpoint.format import ADAPTER, STATE, read_weights, save_safetensors
+from hierarchy import Hierarchy, archive
 from hierarchy.layouts import list_files
+from training.batches import StepBatches
 
 # ---- hierarchies ------------------------------------------------------------------------------------------------------
 
@@ -36,7 +35,7 @@ def hierarchies(draw):
 def test_a_hierarchy_comes_back_as_it_was(h):
     assert h.parents.min() == 0 and h.parents.max() == h.num_super_classes - 1 and len(h.parents) == h.num_classes
     record = h.to_dict()
-    for again in (json.loads(json.dumps(record)), packing.unpack(packing.pack(record))):
+    for again in (json.loads(json.dumps(record)), archive.unpack_hierarchy(archive.pack_hierarchy(record))):
         assert again == record
         other = Hierarchy.from_dict(again)
         assert other == h and other.name == h.name and other.classes == h.classes and other.parents.equal(h.parents)
@@ -54,7 +53,7 @@ def test_another_order_of_classes_changes_labels_and_nothing_else(h, data):
     order = data.draw(st.permutations(range(h.num_classes)))
     other = Hierarchy([h.classes[i] for i in order], h.superclasses, h.parents[order], h.name)
     assert other.parents.equal(h.parents[order]) and (other == h) == (list(order) == list(range(h.num_classes)))
-    assert packing.unpack(packing.pack(other.to_dict())) == other.to_dict()
+    assert archive.unpack_hierarchy(archive.pack_hierarchy(other.to_dict())) == other.to_dict()
 
 
 FOLDERS = ["cats/10", "cats/9", "cats/Manx", "dogs/manx_2", "dogs/a b", "dogs/\u00e9"]
@@ -166,7 +165,7 @@ def test_a_file_of_weights_comes_back_bit_for_bit(tmp_path_factory, weights, los
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     description = more | FIXED | form | {"hierarchy": hierarchy}
     save_safetensors(path, weights | losses, description)
-    found, again = read(path)
+    found, again = read_weights(path)
     assert again == description and found.keys() == (weights | losses).keys()
     for name, tensor in (weights | losses).items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape

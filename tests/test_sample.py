@@ -12,13 +12,14 @@ from PIL import Image
 
 import models
 import sample
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_weights, save_safetensors
+from checkpoint.loading import TABLE, load_adapted, load_weights
 from diffusion import create_diffusion
 from guidance import GUIDANCES, guided
 from hierarchy import Hierarchy
 from hierarchy.layouts import folder_names
-from runtime import cli as runtime
-from sampling.options import guidance_of
+from runtime.files import sha256
+from sampling.load import build_guidance
 from sampling.samplers import SAMPLERS, sample_latents, to_uint8
 
 VAE = Path(sample.__file__).parent / "examples/glyphs/vae"
@@ -59,7 +60,7 @@ def assert_near(a, b):
 def test_writes_the_pictures_of_base_and_adapter(run, adapter, tmp_path):
     pictures = run("--ckpt", adapter, "--per-class", 2, "--batch-size", 3)
     assert list(pictures) == sorted(f"{name}/00000{i}.png" for name in NAMES for i in (0, 1))
-    model, _ = checkpoint.load_adapted(adapter)
+    model, _ = load_adapted(adapter)
     latents = sample_latents(model, [3, 3], [0, 1], seed=0, cfg_scale=4.0, steps=3)
     for i, image in enumerate(to_uint8(latents)):
         difference = pictures[f"pug/00000{i}.png"].astype(int) - image.permute(1, 2, 0).numpy()
@@ -122,7 +123,7 @@ def test_a_name_that_is_no_class_is_answered_with_the_nearest(query, near, comma
 def test_official_stream(run, adapter):
     flags = "--ckpt", adapter, "--per-class", 2, "--seed", 5, "--seed-mode", "official", "--cfg-scale", 2
     pictures = run(*flags, "--classes", "manx", "beagle")
-    model, _ = checkpoint.load_adapted(adapter)
+    model, _ = load_adapted(adapter)
     for label, row in ((1, 5), (2, 6)):
         torch.manual_seed(5)
         z = torch.randn(2, 3, 8, 8).repeat(2, 1, 1, 1)
@@ -169,13 +170,13 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(scale, command, ad
 
 def rewritten(adapter, path, **changes):
     """The adapter with other numbers in its tensors and `changes` in its description, from an earlier step."""
-    tensors, description = checkpoint.read(adapter)
+    tensors, description = read_weights(adapter)
     tensors = {
         name: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(9)) for name, t in tensors.items()
     }
     if changes.get("null_row"):
-        tensors[checkpoint.TABLE] = torch.cat([tensors[checkpoint.TABLE], torch.ones(1, 256)])
-    checkpoint.save_safetensors(path, tensors, description | {"step": 3} | changes)
+        tensors[TABLE] = torch.cat([tensors[TABLE], torch.ones(1, 256)])
+    save_safetensors(path, tensors, description | {"step": 3} | changes)
     return path
 
 
@@ -188,7 +189,7 @@ def asked(adapter, monkeypatch):
         args = sample.parse_args()
         sample.check_settings(args)
         model, description, _ = sample.load_model(args, "cpu")
-        return model, guidance_of(args, model, description), description
+        return model, build_guidance(args, model, description), description
 
     return asked
 
@@ -208,23 +209,23 @@ AT_0 = "--cfg-scale", 0, "--cfg-channels", "all"
 def test_autoguidance_is_by_the_weak_adapter(asked, adapter, tmp_path):
     weak = rewritten(adapter, tmp_path / "weak.safetensors")
     model, guidance, _ = asked("--guidance", "autoguidance", "--weak", weak, *AT_0)
-    other, _ = checkpoint.load_adapted(weak)
+    other, _ = load_adapted(weak)
     for _ in range(2):  # the weights are put back
         assert guides(model, guidance, X, T, Y).equal(other(X, T, Y)[:, :3])
-        assert model(X, T, Y).equal(checkpoint.load_adapted(adapter)[0](X, T, Y))
+        assert model(X, T, Y).equal(load_adapted(adapter)[0](X, T, Y))
 
 
 @torch.no_grad()
 def test_domain_guidance_is_by_the_plain_dit_before_the_fine_tune(asked, adapter, base):
     model, guidance, _ = asked("--guidance", "domain", *AT_0)
     plain = models.DiT_models["DiT-Ti/2"](input_size=8, in_channels=3, num_classes=9).eval()
-    checkpoint.load(plain, checkpoint.read(base)[0], base)
-    own = checkpoint.load_adapted(adapter)[0](X, T, Y)
+    load_weights(plain, read_weights(base)[0], base)
+    own = load_adapted(adapter)[0](X, T, Y)
     for _ in range(2):
         assert guides(model, guidance, X, T, Y).equal(plain(X, T, torch.tensor([9, 9, 9]))[:, :3])
         assert model(X, T, Y).equal(own)
     swapped = sum(tensor.numel() for tensor in guidance.other.values())
-    trained = sum(tensor.numel() for tensor in checkpoint.read(adapter)[0].values())
+    trained = sum(tensor.numel() for tensor in read_weights(adapter)[0].values())
     assert swapped == trained - 7 * 256 + 256  # of the class table one row
 
 
@@ -260,7 +261,7 @@ def test_every_guidance_draws_and_at_scale_one_is_none(kind, run, adapter, tmp_p
 
 
 def official_base(adapter, official, path):
-    return rewritten(adapter, path, base={"path": str(official), "sha256": runtime.sha256(official)})
+    return rewritten(adapter, path, base={"path": str(official), "sha256": sha256(official)})
 
 
 REFUSED = [

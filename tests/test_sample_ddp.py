@@ -18,7 +18,7 @@ from PIL import Image
 
 import sample_ddp
 from hierarchy import Hierarchy
-from sample_ddp import balanced, random_labels
+from sample_ddp import balanced_labels, random_labels
 from sampling.samplers import SAMPLERS
 from sampling.store import Store, Writer
 
@@ -144,18 +144,18 @@ def test_a_damaged_row_is_made_again(here, tmp_path, monkeypatch):
 @given(st.integers(1, 3000), st.integers(1, 500))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_balanced_labels_differ_by_one_at_most(count, classes):
-    labels = balanced(count, classes)
+    labels = balanced_labels(count, classes)
     assert labels.shape == (count,) and labels.min() >= 0 and labels.max() < classes
     counts = np.bincount(labels, minlength=classes)
     assert counts.max() - counts.min() <= 1
-    assert np.array_equal(labels, balanced(count + 7, classes)[:count])  # image k's class is of no other number
+    assert np.array_equal(labels, balanced_labels(count + 7, classes)[:count])  # image k's class is of no other number
     assert len(set(labels[:classes])) == min(count, classes)  # a class comes again when all have been
 
 
 def test_balanced_labels_show_each_superclass_in_its_share():
     """Of iNaturalist, whose superclasses are ranges of classes: any 1,000 images of a run, within 6 of the share."""
     parents = Hierarchy.load("inat2021").parents.numpy()
-    labels = parents[balanced(20_000, 10_000)]
+    labels = parents[balanced_labels(20_000, 10_000)]
     share = np.bincount(parents) / 10
     for first in range(0, 19_000, 500):
         assert abs(np.bincount(labels[first : first + 1000], minlength=11) - share).max() < 6
@@ -186,7 +186,7 @@ def test_pngs_by_class_and_the_npz_of_adm(here, tmp_path, monkeypatch):
     monkeypatch.undo()
     pixels, labels = opened(tmp_path / "x.npz")
     assert pixels.dtype == np.uint8 and pixels.shape == (11, 8, 8, 3)
-    assert labels.dtype == np.int64 and labels.tolist() == balanced(11, 5).tolist()
+    assert labels.dtype == np.int64 and labels.tolist() == balanced_labels(11, 5).tolist()
     for k in range(11):
         with Image.open(tmp_path / f"x/{NAMES[labels[k]]}/{k:06d}.png") as image:
             assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels[k])

@@ -12,8 +12,8 @@ from helpers.sampling_runs import NAMES, files
 from helpers.tiny_files import tree
 
 import sample_ddp
-from sample_ddp import balanced
-from sampling import store as sample_store
+from sample_ddp import balanced_labels
+from sampling import store
 from sampling.store import Store
 
 run, here = sampling_runs.run, sampling_runs.here
@@ -100,7 +100,7 @@ def test_foreign_folders_and_files_are_left_alone(here, tmp_path):
 @pytest.mark.reliability(*ROW)
 def test_two_launches_into_one_folder(here, tmp_path):
     assert here("x").code == 0
-    store = Store(tmp_path / "x", balanced(11, 5), NAMES, 8, "both")
+    store = Store(tmp_path / "x", balanced_labels(11, 5), NAMES, 8, "both")
     store.prepare(json.loads((tmp_path / "x/settings.json").read_text()))
     refused(here("x"), "Another process is sampling into")
     store.close()
@@ -110,7 +110,7 @@ def test_two_launches_into_one_folder(here, tmp_path):
 @pytest.mark.reliability(*ROW)
 def test_a_disk_that_is_too_small_is_said_before_the_first_sample(here, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_ddp, "sample_keyed", None)
-    monkeypatch.setattr(sample_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3 - 1))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3 - 1))
     before = tree(tmp_path)
     for form in ("npz", "both"):
         refused(
@@ -118,16 +118,14 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_sample(here, tmp_path
         )
     assert tree(tmp_path) == before
     monkeypatch.undo()
-    monkeypatch.setattr(sample_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3))
     assert here("x", "--format", "npz").code == 0
 
 
 def test_room_is_what_is_still_to_be_written(tmp_path, monkeypatch):
     """100,000 images of 256 pixels: 19.7 GB of rows, as much for the npz beside them."""
     asked = []
-    monkeypatch.setattr(
-        sample_store.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=39.3e9)
-    )
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=39.3e9))
     with pytest.raises(ValueError, match="needs about 39.3 GB more and has 39.3 GB free"):
         Store(tmp_path / "a/b/x", np.zeros(100_000), ["a"], 256, "npz").check_room()
     assert asked == [tmp_path]
@@ -148,7 +146,7 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(value, here, tmp_p
 
     monkeypatch.setattr(sample_ddp, "sample_keyed", broken)
     result = here("x", "--global-seed", 6)
-    refused(result, f"Image 7 of seed 6 (class {balanced(8, 5)[7]}) is not finite, expected pixels")
+    refused(result, f"Image 7 of seed 6 (class {balanced_labels(8, 5)[7]}) is not finite, expected pixels")
     numbers = sorted(int(path.stem) for path in (tmp_path / "x").rglob("*.png"))
     assert numbers == list(range(7)) and not (tmp_path / "x.npz").exists()
     monkeypatch.undo()

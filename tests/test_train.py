@@ -9,10 +9,11 @@ from helpers.tiny_runs import SPEEDS, TINY
 from PIL import Image
 
 import train
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_weights
+from checkpoint.loading import TABLE, load_adapted, sha256
 from tools import encode_latents
-from training import state as runs
-from training.step import drawn
+from training.state import resolve_run_dir
+from training.step import draw_step_noise
 
 ROOT = Path(train.__file__).parent
 ROW = set("step loss mse vb loss_q1 loss_q2 loss_q3 loss_q4 grad_norm lr skipped_steps".split())
@@ -42,7 +43,7 @@ def last(folder, kind="states"):
 
 
 def state_of(folder):
-    return checkpoint.read(last(folder))[0]
+    return read_weights(last(folder))[0]
 
 
 def metrics(folder):
@@ -120,7 +121,7 @@ def test_files_of_a_run(command, images, base, tmp_path, run):
     with Image.open(folder / "samples/0000005.png") as grid:
         assert grid.size == (4 * 10 + 2, 2 * 10 + 2)  # five classes of 8 pixels in rows of four
     shutil.rmtree(tmp_path / "000-DiT-Ti-2-finediffusion")
-    folder, states = runs.place(tmp_path, None, None, "DiT-Ti-2-full")
+    folder, states = resolve_run_dir(tmp_path, None, None, "DiT-Ti-2-full")
     assert (folder.name, states) == ("002-DiT-Ti-2-full", [])  # a number is not given twice
 
 
@@ -134,9 +135,9 @@ def start_of(base, name, shape, method):
 
 def test_a_null_row_is_trained_when_asked_for(run):
     folder = run("null-row", "--null-prob", 0.5, "--lr", 0.1)
-    model, description = checkpoint.load_adapted(last(folder, "adapters"))
+    model, description = load_adapted(last(folder, "adapters"))
     assert description["null_row"] and model.y_embedder.has_null
-    moved = state_of(folder)[f"exp_avg/{checkpoint.TABLE}"].abs().sum(1)
+    moved = state_of(folder)[f"exp_avg/{TABLE}"].abs().sum(1)
     assert len(moved) == 5 + 2 + 1 and moved[-1] > 0
 
 
@@ -154,18 +155,18 @@ TRAINED = {
 @pytest.mark.parametrize("method", TRAINED)
 def test_exactly_the_chosen_parameters_move(method, run, base):
     folder = run(method, "--method", method)
-    model, description = checkpoint.load_adapted(last(folder, "adapters"))
+    model, description = load_adapted(last(folder, "adapters"))
     weights, start, averages = model.state_dict(), torch.load(base), state_of(folder)
     moved = set()
     for name, tensor in weights.items():
         before = start_of(start, name, tensor.shape, method)
-        assert before is not None or name == checkpoint.TABLE
+        assert before is not None or name == TABLE
         if before is None or not torch.equal(tensor, before):
             moved.add(name)
-    assert moved == {name for name in weights if TRAINED[method](name) or name == checkpoint.TABLE}
-    assert len(weights[checkpoint.TABLE]) == 5 + (2 if method == "finediffusion" else 1)
+    assert moved == {name for name in weights if TRAINED[method](name) or name == TABLE}
+    assert len(weights[TABLE]) == 5 + (2 if method == "finediffusion" else 1)
     assert description["step"] == 2 and description["trained"] == moved
-    assert description["base"] == {"path": str(base), "sha256": checkpoint.sha256(base)}
+    assert description["base"] == {"path": str(base), "sha256": sha256(base)}
     # base + adapter is the average of the training, bit for bit
     averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
     assert averages.keys() == moved and all(torch.equal(weights[name], averages[name]) for name in moved)
@@ -173,7 +174,7 @@ def test_exactly_the_chosen_parameters_move(method, run, base):
 
 def test_the_average_follows_every_step(run):
     folder = run("average", "--max-steps", 3, "--ckpt-every", 1, "--lr", 0.1)
-    first, *later = (checkpoint.read(path)[0] for path in sorted(folder.glob("states/*")))
+    first, *later = (read_weights(path)[0] for path in sorted(folder.glob("states/*")))
     average = {name: tensor for name, tensor in first.items() if name.startswith("average/")}
     assert len(later) == 2
     for state in later:
@@ -184,7 +185,7 @@ def test_the_average_follows_every_step(run):
 
 def test_what_is_random_in_a_step_is_set_by_seed_and_step():
     def draw(seed, step, flip=True, dropout=0.1, null=0.0):
-        return drawn(seed, step, 2000, (1, 2, 2), flip, dropout, null, "cpu")
+        return draw_step_noise(seed, step, 2000, (1, 2, 2), flip, dropout, null, "cpu")
 
     assert same(draw(0, 3), draw(0, 3))
     for other in (draw(1, 3), draw(0, 4), draw(3, 0)):
@@ -228,11 +229,11 @@ def test_random_weights_are_the_seeds(run):
     run("random-stopped", *flags, "--max-steps", 1)
     stopped = run("random-stopped", *flags)
     assert same(state_of(stopped), state_of(unbroken))
-    whole = [checkpoint.load_adapted(last(folder, "adapters"))[0].state_dict() for folder in (unbroken, stopped)]
+    whole = [load_adapted(last(folder, "adapters"))[0].state_dict() for folder in (unbroken, stopped)]
     assert same(*whole)
     other = run("random-other", *flags, "--global-seed", 1)
     assert not torch.equal(
-        checkpoint.read(last(other, "adapters"))[0]["blocks.0.attn.qkv.weight"], whole[0]["blocks.0.attn.qkv.weight"]
+        read_weights(last(other, "adapters"))[0]["blocks.0.attn.qkv.weight"], whole[0]["blocks.0.attn.qkv.weight"]
     )
 
 
@@ -267,7 +268,7 @@ STILL = "--lr", "1e-30"  # moves nothing: what was loaded is what is written
 def test_starts_from_an_official_checkpoint(run, official):
     folder = run("official", "--resume", official, *STILL)
     weights, record = (
-        checkpoint.load_adapted(last(folder, "adapters"))[0].state_dict(),
+        load_adapted(last(folder, "adapters"))[0].state_dict(),
         torch.load(official, weights_only=False),
     )
     assert same(weights, record["ema"])  # its class table too: the counts are the same
@@ -275,13 +276,13 @@ def test_starts_from_an_official_checkpoint(run, official):
 
 def test_starts_from_an_adapter(run, adapter, base, tmp_path):
     folder = run("adapted", "--resume", adapter, *STILL)
-    before, after = checkpoint.read(adapter), checkpoint.read(last(folder, "adapters"))
+    before, after = read_weights(adapter), read_weights(last(folder, "adapters"))
     assert same(before[0], after[0]) and before[1]["base"] == after[1]["base"]
     # other classes: a new table, N(0, std^2), all else as the adapter had it
     fewer = write_images(tmp_path / "fewer", 8, {"birds": ("crow", "wren"), "fish": ("carp",)})
     folder = run("fewer", "--resume", adapter, *STILL, "--table-std", 3, data=("--data-path", fewer))
-    tensors, description = checkpoint.read(last(folder, "adapters"))
-    table = tensors.pop(checkpoint.TABLE)
+    tensors, description = read_weights(last(folder, "adapters"))
+    table = tensors.pop(TABLE)
     assert table.shape == (5, 256) and table.std().item() == pytest.approx(3, rel=0.1)
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
     assert description["hierarchy"].superclasses == ("birds", "fish")

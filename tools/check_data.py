@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from dataset.images import ImageData, to_rgb
 from hierarchy import Hierarchy
-from runtime.cli import Parser, few, run_command, sha256, write_whole
+from runtime.cli import Parser, run_command, shorten
+from runtime.files import atomic_write, sha256
 
 UNREADABLE = {  # finding: what a training makes of such an image
     "unreadable": "no image, or damaged: the next of its class is shown",
@@ -130,7 +131,7 @@ def say(data, classes, superclasses, findings):
         print(warning)
     for kind, meaning in (UNREADABLE | TOLERATED).items():
         if findings[kind]:
-            print(f"{len(findings[kind]):,} {kind} ({meaning}): {few(data.name(i) for i in findings[kind])}")
+            print(f"{len(findings[kind]):,} {kind} ({meaning}): {shorten(data.name(i) for i in findings[kind])}")
     if not any(findings.values()):
         print("Nothing found.")
 
@@ -165,7 +166,7 @@ def main(argv=None):
             "warnings": data.warnings,
             "findings": {kind: {data.name(i): detail for i, detail in at.items()} for kind, at in findings.items()},
         }
-        write_whole(Path(args.json), lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+        atomic_write(Path(args.json), lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
     sys.exit(3 if any(findings[kind] for kind in UNREADABLE) else int(any(findings.values())))
 
 

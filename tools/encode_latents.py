@@ -28,19 +28,10 @@ from autoencoder import load_autoencoder
 from dataset import latents
 from dataset.images import ImageData
 from hierarchy import Hierarchy
-from runtime.cli import (
-    DTYPES,
-    PRECISIONS,
-    Lock,
-    Parser,
-    check_gpu,
-    compute_type,
-    few,
-    named,
-    on_main,
-    run_command,
-    store_of_attempt,
-)
+from runtime.cli import Parser, run_command, shorten
+from runtime.device import DTYPES, PRECISIONS, check_gpu, resolve_precision
+from runtime.files import Lock, path_in_errors
+from runtime.processes import attempt_store, run_on_main
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -79,7 +70,7 @@ def prepare(out, info):
             raise ValueError(f"{out} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: choose another --out.")
         shutil.rmtree(out / "done", ignore_errors=True)
         (out / "done").mkdir()
-        latents.create_moments(out, info)
+        latents.create_moments_file(out, info)
         latents.write_sealed(out / "begun.json", info)
     return lock
 
@@ -105,7 +96,7 @@ def check_finite(moments, names):
     bad = [name for name, fine in zip(names, finite) if not fine]
     if bad:
         raise ValueError(
-            f"The latents of {few(bad)} hold NaN or infinity in fp16, expected finite numbers: look at the images, or "
+            f"The latents of {shorten(bad)} hold NaN or infinity in fp16, expected finite numbers: look at the images, or "
             "pass another --vae."
         )
 
@@ -120,7 +111,7 @@ def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num
     loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
     path = out / "moments.npy"
-    with bar, named(path), open(path, "r+b") as file:  # plain writes: several nodes may share the file
+    with bar, path_in_errors(path), open(path, "r+b") as file:  # plain writes: several nodes may share the file
         header = file.read(latents.NPY_HEADER)
         for rows, (x, _, shown) in zip(batches, loader):
             k = rows[0] // info["chunk"]
@@ -144,7 +135,7 @@ def finish(out, info, data):
     records = [done(out, k) for k in range(latents.chunk_count(info))]
     assert all(records)
     skipped = [pair for record in records for pair in record["skipped"]]
-    latents.write_rest(out, info, data.names, data.labels, [record["hash"] for record in records], skipped)
+    latents.write_metadata(out, info, data.names, data.labels, [record["hash"] for record in records], skipped)
     (out / "begun.json").unlink()
     shutil.rmtree(out / "done")
 
@@ -153,7 +144,7 @@ def report(out, data, hierarchy):
     print(f"{out}: latents of {len(data):,} images, {hierarchy!r}")
     skipped = latents.read_sealed(out / "latents.json")["skipped"]
     if skipped:
-        names = few(data.name(i) for i, _ in skipped)
+        names = shorten(data.name(i) for i, _ in skipped)
         print(f"Images that cannot be read: {len(skipped)} ({names}); for each stands the next of its class that can.")
     for warning in data.warnings:
         print(warning)
@@ -174,17 +165,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **store_of_attempt())
+    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store())
     check_gpu(state.device)
     if args.hierarchy:
         hierarchy = Hierarchy.load(args.hierarchy)
     else:
         hierarchy = Hierarchy.from_folder(args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
-    precision = compute_type(args.mixed_precision, state.device)
+    precision = resolve_precision(args.mixed_precision, state.device)
     autoencoder = load_autoencoder(args.vae, state.device, DTYPES[precision])
     out, info = Path(args.out), describe(data, hierarchy, autoencoder, args)
-    lock = on_main(state, prepare, out, info)
+    lock = run_on_main(state, prepare, out, info)
     with closing(lock) if lock else nullcontext():
         if not (out / "latents.json").is_file():
             share = state.process_index, state.num_processes, state.device

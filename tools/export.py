@@ -19,10 +19,14 @@ from string import Template
 
 import torch
 
-from checkpoint import loading as checkpoint
+from checkpoint.download import DIT_FILES
+from checkpoint.format import is_adapter, write_tensors
+from checkpoint.loading import TABLE, load_adapted
 from finetune import kind_of
-from runtime.cli import Parser, run_command, write_whole
-from sampling.options import add_model_options, load_model
+from runtime.cli import Parser, run_command
+from runtime.files import atomic_write
+from sampling.load import load_model
+from sampling.options import add_model_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "tools/diffusers_pipeline"  # what a folder in diffusers' form gets beside its weights
@@ -104,21 +108,21 @@ def null_row(table, names, query=None):
 def write_dit(path, tensors, rows):
     """DiT's form: tensors by name, without LayerNorm affine. `rows`: those of the table that stay, the null class last."""
     tensors = fold_norms(tensors)
-    tensors[checkpoint.TABLE] = tensors[checkpoint.TABLE][rows]
+    tensors[TABLE] = tensors[TABLE][rows]
     if path.suffix == ".safetensors":
-        checkpoint.write_tensors(path, tensors, {"format": "pt"})
+        write_tensors(path, tensors, {"format": "pt"})
     else:
-        write_whole(path, lambda part: torch.save(tensors, part))
+        atomic_write(path, lambda part: torch.save(tensors, part))
 
 
 def write_finediffusion(path, tensors, description):
     """The official training's record, without a null row; `args` is a dict, so that `torch.load` runs no code."""
     classes, superclasses = description["hierarchy"].num_classes, len(superclass_names(description))
-    tensors = tensors | {checkpoint.TABLE: tensors[checkpoint.TABLE][: classes + superclasses].clone()}
+    tensors = tensors | {TABLE: tensors[TABLE][: classes + superclasses].clone()}
     settings = {key: description[key] for key in ("model", "image_size")}
     settings |= {"num_classes": classes, "num_super_classes": superclasses}
     record = {"model": tensors, "ema": tensors, "opt": {}, "args": settings}
-    write_whole(path, lambda part: torch.save(record, part))
+    atomic_write(path, lambda part: torch.save(record, part))
 
 
 def write_diffusers(folder, model, tensors, description, autoencoder, source):
@@ -144,7 +148,7 @@ def write_diffusers(folder, model, tensors, description, autoencoder, source):
     write_config(folder / "model_index.json", ["pipeline_finediffusion", "FineDiffusionPipeline"], parts)
     write_config(folder / "scheduler/scheduler_config.json", "DDPMScheduler", SCHEDULER)
     write_config(folder / "transformer/config.json", "FineDiffusionTransformer", config)
-    checkpoint.write_tensors(folder / "transformer/diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    write_tensors(folder / "transformer/diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     for name in ("pipeline_finediffusion.py", "transformer/transformer_finediffusion.py"):
         (folder / name).write_text(bundle(SHIPPED / Path(name).name), encoding="utf-8")
     if autoencoder.vae:
@@ -164,7 +168,7 @@ def card(description, source):
     hierarchy, names, base = description["hierarchy"], superclass_names(description), description["base"] or {}
     tiered = description["embedder"] == "tiered"
     file = Path(base.get("path", "")).name or "none, trained from random weights"
-    of_dit = file in checkpoint.DIT_FILES
+    of_dit = file in DIT_FILES
     terms = "The base weights are DiT's, under CC BY-NC 4.0: no commercial use."
     return Template((SHIPPED / "card.md").read_text(encoding="utf-8")).substitute(
         title=Path(source).name,
@@ -244,8 +248,8 @@ def check_settings(args):
 def export(args):
     check_settings(args)
     out = Path(args.out)
-    if checkpoint.is_adapter(args.ckpt) and args.format != "diffusers":  # nothing is asked of the autoencoder
-        model, description = checkpoint.load_adapted(args.ckpt, args.base)
+    if is_adapter(args.ckpt) and args.format != "diffusers":  # nothing is asked of the autoencoder
+        model, description = load_adapted(args.ckpt, args.base)
     else:
         model, description, autoencoder = load_model(args, "cpu")
     tensors = fold_gammas(model.state_dict())

@@ -14,8 +14,10 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from runtime.cli import append, few, on_main, write_whole
-from training.step import TIMESTEPS
+from runtime.cli import shorten
+from runtime.files import append_text, atomic_write
+from runtime.processes import run_on_main
+from training.step import NUM_TIMESTEPS
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # --report-to: the package that has it
 NOTHING = {"terms": torch.zeros(0), "norms": torch.zeros(0)}
@@ -48,7 +50,7 @@ class Watch:
         self.paused = 0.0
         self.since = time.perf_counter()
         self.timed = batches.start_step
-        on_main(accelerator, self.trim)
+        run_on_main(accelerator, self.trim)
 
     def trim(self):
         """Take rows from metrics.jsonl that were written after the state from which the run goes on."""
@@ -57,16 +59,16 @@ class Watch:
             lines = path.read_text().splitlines(keepends=True)
             good = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.first]
             if good != lines:
-                write_whole(path, lambda part: part.write_text("".join(good)))
+                atomic_write(path, lambda part: part.write_text("".join(good)))
 
     def say(self, text):
         """A line for a person, above the bar and in log.txt; called by all processes."""
-        on_main(self.accelerator, self.note, text)
+        run_on_main(self.accelerator, self.note, text)
 
     def note(self, text):
         self.folder.mkdir(parents=True, exist_ok=True)
         tqdm.write(text)
-        append(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        append_text(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def over(self, loader):
         """The loader's batches; the bar begins with them, bar and workers end with them, before an error is said.
@@ -125,7 +127,7 @@ class Watch:
         what = "the loss" if bad_images.any() else "the gradient"
         which = bad_images.nonzero().flatten().tolist() or list(range(losses.shape[1]))
         rows = self.batches.rows(step)
-        images = few(f"{self.data.name(rows[i])} at timestep {int(losses[3, i])}" for i in which)
+        images = shorten(f"{self.data.name(rows[i])} at timestep {int(losses[3, i])}" for i in which)
         text = f"At step {step + 1} {what} is not finite (images {images})"
         if self.stop:
             raise ValueError(
@@ -142,7 +144,7 @@ class Watch:
         if not new:
             return
         self.unreadable |= set(new)
-        names = few(self.data.name(i) for i in new)
+        names = shorten(self.data.name(i) for i in new)
         if len(self.unreadable) > self.most_unreadable:
             raise ValueError(
                 f"{len(self.unreadable)} images could not be read ({names}), expected at most {self.most_unreadable}: look for "
@@ -160,7 +162,7 @@ class Watch:
         finite = terms.isfinite().flatten(1).all(1)
         loss, mse, vb, t = terms[finite].unbind(1)
         row = {"step": step, "loss": mean(loss), "mse": mean(mse), "vb": mean(vb)}
-        quartile = t.long() * 4 // TIMESTEPS
+        quartile = t.long() * 4 // NUM_TIMESTEPS
         row |= {f"loss_q{q + 1}": mean(loss[quartile == q]) for q in range(4)}
         row |= {"grad_norm": mean(norms[norms.isfinite()]), **extra}
         row["skipped_steps"] = int((~(finite & norms.isfinite())).sum())
@@ -171,14 +173,14 @@ class Watch:
             "images_per_s": rate * terms.shape[2],
             "memory_gb": memory_gb(self.accelerator.device),
         }
-        losses = "  ".join(f"{name} {number(row[name])}" for name in ("loss", "mse", "vb", "grad_norm"))
+        losses = "  ".join(f"{name} {format_number(row[name])}" for name in ("loss", "mse", "vb", "grad_norm"))
 
         def record():
-            append(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
+            append_text(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
             self.note(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
 
-        on_main(self.accelerator, record)
-        self.bar.set_postfix(loss=number(row["loss"]))
+        run_on_main(self.accelerator, record)
+        self.bar.set_postfix(loss=format_number(row["loss"]))
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
         self.kept = NOTHING
         self.first = self.timed = step
@@ -202,5 +204,5 @@ def mean(values):
     return values.mean().item() if values.numel() else None
 
 
-def number(value):
+def format_number(value):
     return "-" if value is None else f"{value:.4f}"

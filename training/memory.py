@@ -44,7 +44,7 @@ def activation_bytes(model, autocast):
     return two - one, 2 * one - two
 
 
-def forecast(model, parameters, per_image, per_pass, images, vae=None):
+def forecast_bytes(model, parameters, per_image, per_pass, images, vae=None):
     """{what: bytes} of a training with `images` of them in a pass. `parameters`: those that are trained, {name: tensor}."""
     trained = sum(p.numel() for p in parameters.values())
     everything = [*model.parameters(), *model.buffers(), *(vae.parameters() if vae else ())]
@@ -55,7 +55,7 @@ def forecast(model, parameters, per_image, per_pass, images, vae=None):
     }
 
 
-def say(need, per_image, images, capacity=None):
+def describe(need, per_image, images, capacity=None):
     """A sentence with the forecast; with the `capacity` of the GPU in bytes, what to do where that is too little."""
     total = sum(need.values())
     parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.items())

@@ -6,7 +6,8 @@ import math
 
 from finetune import METHODS
 from models import DiT_models
-from runtime.cli import PRECISIONS, Parser
+from runtime.cli import Parser
+from runtime.device import PRECISIONS
 from training.logger import TRACKERS
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.loading import STATE, base_weights, description_of, is_adapter, load, read, save_safetensors
+from checkpoint.format import STATE, is_adapter, read_description, read_weights, save_safetensors
+from checkpoint.loading import load_base_weights, load_weights
 from checkpoint.torch_files import check_file
-from runtime.cli import Lock
+from runtime.files import Lock
 
-KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, each by parameter name
+TENSOR_KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, each by parameter name
 # flags that decide the numbers of a run; another batch split, number of processes or length gives the same ones
-DECISIVE = (
+DECISIVE_FLAGS = (
     "global_seed global_batch_size lr table_lr lr_schedule clip_grad ema_decay ema_warmup flip class_dropout_prob null_prob "
     "mixed_precision"
 ).split()
@@ -25,33 +26,33 @@ DECISIVE = (
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def place(results_dir, experiment, resume, default_name):
+def resolve_run_dir(results_dir, experiment, resume, default_name):
     """(folder of the run, its states from new to old); `resume`: --resume, where it names a state or a run folder."""
-    resume = Path(resume) if names_run(resume) else None
+    resume = Path(resume) if is_run_or_state(resume) else None
     if resume and resume.is_dir():
-        if not states_of(resume):
+        if not list_states(resume):
             raise ValueError(f"{resume} has no training state, expected a run folder of ours: check the path.")
-        return resume, states_of(resume)
+        return resume, list_states(resume)
     if resume:
         check_file(resume)
         return resume.parent.parent, [resume]
     root = Path(results_dir)
     if experiment:
-        return root / experiment, states_of(root / experiment)
+        return root / experiment, list_states(root / experiment)
     taken = [int(path.name[:3]) for path in root.glob("[0-9][0-9][0-9]-*")]
     return root / f"{max(taken, default=-1) + 1:03d}-{default_name}", []
 
 
-def names_run(resume):
+def is_run_or_state(resume):
     """Whether --resume is a run folder or a state, and not weights to start from."""
     return bool(resume) and (Path(resume).is_dir() or Path(resume).parent.name == "states")
 
 
-def states_of(folder):
+def list_states(folder):
     return sorted(folder.glob("states/*.safetensors"), reverse=True)
 
 
-def lock(folder):
+def lock_run_dir(folder):
     """Keep other launches out of the folder, see `Lock`, and clear away what a kill left half-written in it."""
     folder.mkdir(parents=True, exist_ok=True)
     held = Lock(folder / "log.txt", "training in", "--experiment")
@@ -63,7 +64,7 @@ def lock(folder):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def newest_good(states, say=print):
+def latest_valid_state(states, say=print):
     """(path, tensors, description) of the first of `states`, new to old, that is whole; (None, {}, {}) of none.
 
     Says which are damaged; ValueError where all of them are.
@@ -71,7 +72,7 @@ def newest_good(states, say=print):
     damaged = []
     for path in states:
         try:
-            tensors, description = read(path)
+            tensors, description = read_weights(path)
         except ValueError as error:
             damaged.append(path)
             say(f"{error} The state before it is used.")
@@ -113,23 +114,23 @@ def load_base_of(path, description, model, resume=None):
 
     `resume`: --resume. Where it names weights they must be that base, wherever it lies now, or an adapter on it.
     """
-    base, resume = description["base"], None if names_run(resume) else resume
+    base, resume = description["base"], None if is_run_or_state(resume) else resume
     if resume and (resume == "none") == bool(base):
         raise ValueError(
             f"{path} was begun with --resume {base['path'] if base else 'none'}, found {resume}: continue with the weights it "
             "was begun with, or choose another --experiment."
         )
     if base:
-        on = description_of(resume).get("base") if is_adapter(resume) else None
+        on = read_description(resume).get("base") if is_adapter(resume) else None
         place = None if on and on["sha256"] == base["sha256"] else resume
-        load(model, base_weights(base, path, place), base["path"], new_table=True)
+        load_weights(model, load_base_weights(base, path, place), base["path"], new_table=True)
 
 
 @torch.no_grad()
 def load_state(path, tensors, description, parameters, averages, optimizer):
     """Put a state back -> the losses of the row of metrics it had begun. ValueError where it is of another model."""
     kept = {name.removeprefix("row/"): t for name, t in tensors.items() if name.startswith("row/")}
-    expected = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in KINDS}
+    expected = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in TENSOR_KINDS}
     if {name: t.shape for name, t in tensors.items() if not name.startswith("row/")} != expected:
         raise ValueError(
             f"{path} is no training state of this model and method: continue with the settings it was begun with."
@@ -157,12 +158,12 @@ def save_state(path, parameters, averages, optimizer, kept, description):
     save_safetensors(path, tensors, description | {"format": STATE, "updates": updates})
 
 
-def keep_newest(path, count):
+def delete_old_states(path, count):
     """Beside the state at `path`, the last to be written, keep the `count - 1` before it.
 
     Those of later steps go, too: the run was taken up again before them.
     """
-    states = states_of(path.parent.parent)
+    states = list_states(path.parent.parent)
     mine = states.index(path)
     for other in states[:mine] + states[mine + count :]:
         os.unlink(other)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-TIMESTEPS = 1000
+NUM_TIMESTEPS = 1000
 
 
-def drawn(seed, step, batch, latent_shape, flip, dropout_prob, null_prob, device):
+def draw_step_noise(seed, step, batch, latent_shape, flip, dropout_prob, null_prob, device):
     """All that is random in a step, for the whole global batch: {name: (batch, ...)}, a function of (seed, step) alone.
 
     So a run that is continued, or one on another number of processes, sees the same numbers. "drop" is the embedder's
@@ -21,7 +21,7 @@ def drawn(seed, step, batch, latent_shape, flip, dropout_prob, null_prob, device
     """
     mixed = int(np.random.SeedSequence((seed, step, 1)).generate_state(1)[0])  # 1: not the data's order
     options = dict(generator=torch.Generator(device).manual_seed(mixed), device=device)
-    t = torch.randint(0, TIMESTEPS, (batch,), **options)
+    t = torch.randint(0, NUM_TIMESTEPS, (batch,), **options)
     flip = torch.rand(batch, **options) < (0.5 if flip else 0.0)
     u = torch.rand(batch, **options)
     return {
@@ -33,7 +33,7 @@ def drawn(seed, step, batch, latent_shape, flip, dropout_prob, null_prob, device
     }
 
 
-def latents_of(x, flip, posterior, autoencoder):
+def sample_posterior(x, flip, posterior, autoencoder):
     """Posterior samples (n, C, h, w) of images (n, 3, H, W), or of cached moments of F = 1 or 2 flips (n, F, 2C, h, w)."""
     choose = flip.view(-1, 1, 1, 1)
     if x.ndim == 5:
@@ -73,7 +73,7 @@ def backward(accelerator, model, diffusion, latents, labels, r, parts=1):
     return torch.cat(rows, dim=1)
 
 
-class Update:
+class GuardedOptimizer:
     """The optimizer's step, which leaves everything as it is where the gradient is not finite.
 
     The test is made on the device: nothing waits for it. `sticky`: after one such step no other is made either, until

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from dataset.images import list_images
 from hierarchy import Hierarchy
-from runtime.cli import Parser, run_command, write_whole
+from runtime.cli import Parser, run_command
+from runtime.files import atomic_write
 from sampling.grid import labelled_grid
 
 STEPS, BATCH, SHIFT = 350, 64, 3  # of the classifier's training; its images are moved by up to SHIFT of SIDE pixels
@@ -94,7 +95,7 @@ def save_script(net, path):
     """A network as TorchScript, which evaluate.py reads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is old, but every torch reads it
-        write_whole(path, lambda part: torch.jit.script(net).save(str(part)))
+        atomic_write(path, lambda part: torch.jit.script(net).save(str(part)))
 
 
 def first_images(folder, hierarchy, labels):

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder
 from checkpoint.loading import load_adapted
-from evaluation.metrics import frechet_distance, of_features
+from evaluation.metrics import features_root, frechet_distance
 from examples.glyphs import read as read_glyphs
 from guidance import Guidance
 from hierarchy import Hierarchy
-from runtime.cli import Parser, run_command, write_whole
+from runtime.cli import Parser, run_command
+from runtime.files import atomic_write
 from sampling.samplers import sample_keyed, to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def shuffled(hierarchy, seed=0):
 def train_all(args, out, hierarchy):
     """{(method, seed): adapter} of all trainings, those that are not there trained `--jobs` at a time."""
     spec = out / "shuffled.json"
-    write_whole(spec, lambda part: part.write_text(json.dumps(shuffled(hierarchy).to_dict())))
+    atomic_write(spec, lambda part: part.write_text(json.dumps(shuffled(hierarchy).to_dict())))
     for name, flags in (("latents", []), ("latents-shuffled", ["--hierarchy", spec])):
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
@@ -105,7 +106,7 @@ def sample(path, autoencoder, scale, per_class):
 def figures(reader, features, images, labels, parents, real):
     """Shares read as the right class and superclass, and the Frechet distance of the reader's features to `real`'s."""
     found = read_glyphs.shares(read_glyphs.apply(reader, images), labels, parents)
-    return found | {"distance": float(frechet_distance(of_features(read_glyphs.apply(features, images)), real))}
+    return found | {"distance": float(frechet_distance(features_root(read_glyphs.apply(features, images)), real))}
 
 
 def table(rows):
@@ -146,7 +147,7 @@ def main():
     autoencoder = load_autoencoder("examples/glyphs/vae")
     images, labels = read_glyphs.load(args.data / "held-out", hierarchy)
     of = partial(figures, reader, features, parents=hierarchy.parents)
-    real = of_features(read_glyphs.apply(features, images))
+    real = features_root(read_glyphs.apply(features, images))
     rows = {"real, other faces": of(images, labels, real=real)}
     kept = args.out / "figures.json"  # of the adapters read so far
     known = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -155,18 +156,18 @@ def main():
             key = f"{method} {seed} {scale} {path.name} {args.per_class}"
             if key not in known:
                 known[key] = of(*sample(path, autoencoder, scale, args.per_class), real=real)
-                write_whole(kept, lambda part: part.write_text(json.dumps(known, indent=1) + "\n"))
+                atomic_write(kept, lambda part: part.write_text(json.dumps(known, indent=1) + "\n"))
             row = rows.setdefault(method, {}).setdefault(str(scale), {name: [] for name in known[key]})
             for name, value in known[key].items():
                 row[name].append(value)
-    write_whole(args.out / "study.json", lambda part: part.write_text(json.dumps(rows, indent=1) + "\n"))
+    atomic_write(args.out / "study.json", lambda part: part.write_text(json.dumps(rows, indent=1) + "\n"))
     first = rows.pop("real, other faces")
     text = (
         f"{len(args.seeds)} seeds, {args.per_class} images of each of {hierarchy.num_classes} classes at each scale; mean and "
         f"standard deviation over the seeds. Real glyphs in faces that the reader did not see: {100 * first['class']:.1f}% right "
         f"class, {100 * first['superclass']:.1f}% right superclass.\n\n{table(rows)}"
     )
-    write_whole(args.out / "study.md", lambda part: part.write_text(text))
+    atomic_write(args.out / "study.md", lambda part: part.write_text(text))
     print(text)
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from helpers.tiny_models import PETS, TinyDiT, golden, refusal, same
 
-from checkpoint.loading import TABLE, build, is_adapter, load_adapted, read, save_adapter, start, whole
+from checkpoint.format import is_adapter, read_weights, save_adapter
+from checkpoint.loading import TABLE, build_model, init_from, load_adapted, load_full_weights
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
-from runtime.cli import sha256
-from training.state import DECISIVE, check_same_run, load_base_of, load_state, newest_good, save_state
+from runtime.files import sha256
+from training.state import DECISIVE_FLAGS, check_same_run, latest_valid_state, load_base_of, load_state, save_state
 
 KEPT = {"terms": torch.arange(24.0).view(2, 4, 3), "norms": torch.ones(2)}
 VETS = Hierarchy(PETS.classes, PETS.superclasses, [0, 0, 0, 1, 1], "vets")
@@ -47,15 +48,15 @@ class Run:
             "embedder": embedder or METHODS[method].embedder,
             "hierarchy": PETS,
             "data": "abc",
-            "settings": dict.fromkeys(DECISIVE),
+            "settings": dict.fromkeys(DECISIVE_FLAGS),
             "base": None,
             "step": 0,
         }
         torch.manual_seed(seed)
-        self.model = build(self.description)
+        self.model = build_model(self.description)
         self.chosen = select(self.model, METHODS[method])
         if path:
-            self.description["base"] = start(self.model, self.chosen, path)
+            self.description["base"] = init_from(self.model, self.chosen, path)
         self.ema = EMA(self.chosen, 0.5)
         self.optimizer = torch.optim.AdamW(self.chosen.values(), lr=1e-2, weight_decay=0, fused=True)
 
@@ -85,7 +86,7 @@ class Run:
         return path
 
     def go_on_from(self, path):
-        _, tensors, saved = newest_good([path])
+        _, tensors, saved = latest_valid_state([path])
         check_same_run(path, saved, self.description, allow_changes=False)
         load_base_of(path, saved, self.model)
         assert same(self.load(path, tensors, saved), KEPT)
@@ -120,7 +121,7 @@ def test_base_and_adapter_are_the_average_model(method, plain, tmp_path):
         and description["hierarchy"].classes == PETS.classes
     )
     assert description["base"] == {"path": str(plain), "sha256": sha256(plain)}
-    assert read(path)[0].keys() == run.chosen.keys() == description["trained"]
+    assert read_weights(path)[0].keys() == run.chosen.keys() == description["trained"]
     assert is_adapter(path) and not is_adapter(plain) and not is_adapter(tmp_path) and not is_adapter(None)
 
 
@@ -128,7 +129,7 @@ def test_base_and_adapter_are_the_average_model(method, plain, tmp_path):
 def test_without_a_base_an_adapter_is_the_whole_model(method, tmp_path):
     run = Run(method).steps(1)
     path = run.save(tmp_path / "whole.safetensors")
-    assert same(load_adapted(path)[0].state_dict(), run.averaged()) and same(whole(path)[0], run.averaged())
+    assert same(load_adapted(path)[0].state_dict(), run.averaged()) and same(load_full_weights(path)[0], run.averaged())
     with refusal("whole.safetensors holds a whole model, expected no --base"):
         load_adapted(path, base=path)
 
@@ -136,7 +137,7 @@ def test_without_a_base_an_adapter_is_the_whole_model(method, tmp_path):
 def test_half_precision_adapters(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
     path = run.save(tmp_path / "half.safetensors", dtype=torch.bfloat16)
-    assert same(read(path)[0], {name: average.bfloat16() for name, average in run.ema.average.items()})
+    assert same(read_weights(path)[0], {name: average.bfloat16() for name, average in run.ema.average.items()})
     halved = {name: average.bfloat16().float() for name, average in run.ema.average.items()}
     assert same(load_adapted(path)[0].state_dict(), run.averaged() | halved)
 
@@ -151,7 +152,9 @@ def test_a_fine_tune_of_a_fine_tune(plain, tmp_path):
     assert second.description["base"] == {"path": str(path), "sha256": sha256(path)}
     for run in (again.steps(1), second):
         last = run.save(tmp_path / "last.safetensors")
-        assert same(load_adapted(last)[0].state_dict(), run.averaged()) and same(whole(last)[0], run.averaged())
+        assert same(load_adapted(last)[0].state_dict(), run.averaged()) and same(
+            load_full_weights(last)[0], run.averaged()
+        )
 
 
 def test_the_base_is_the_same_file_wherever_it_is(plain, tmp_path):
@@ -190,11 +193,11 @@ def test_files_of_another_kind(plain, tmp_path):
         with refusal(f"{path.name} is no adapter, expected one that train.py wrote"):
             load_adapted(path)
     with refusal("adapter.safetensors is no training state, expected one that train.py wrote"):
-        newest_good([adapter])
+        latest_valid_state([adapter])
     with refusal("state.safetensors is a training state, expected weights or an adapter"):
         Run("finediffusion", state)
     with refusal("adapter.safetensors is no training state of this model and method"):
-        run.load(adapter, *read(adapter))
+        run.load(adapter, *read_weights(adapter))
 
 
 # ---- training states --------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def test_a_training_that_is_continued_is_the_training(method, plain, tmp_path):
 
 def test_a_state_holds_what_is_trained_alone(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
-    tensors, _ = read(run.save_state(tmp_path / "state.safetensors"))
+    tensors, _ = read_weights(run.save_state(tmp_path / "state.safetensors"))
     kinds = {kind: {n.removeprefix(kind) for n in tensors if n.startswith(kind)} for kind in ("now/", "average/")}
     assert kinds == {"now/": set(run.chosen), "average/": set(run.chosen)} and len(tensors) == 4 * len(run.chosen) + 2
     assert not any(kind_of(name) in ("matrix", "fixed") for name in kinds["now/"])
@@ -227,7 +230,7 @@ def test_states_of_another_run(other, plain, tmp_path):
     run = Run(**{"method": "finediffusion"} | other).steps(1)
     before = run.everything()
     with refusal("state.safetensors is no training state of this model and method: continue with the settings"):
-        run.load(path, *read(path))
+        run.load(path, *read_weights(path))
     assert same(run.everything(), before)
 
 
@@ -237,7 +240,7 @@ def test_states_of_another_run(other, plain, tmp_path):
 )
 def test_settings_that_a_state_was_not_begun_with(key, value, plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
-    _, _, saved = newest_good([run.save_state(tmp_path / "state.safetensors")])
+    _, _, saved = latest_valid_state([run.save_state(tmp_path / "state.safetensors")])
     check_same_run("here.safetensors", saved, run.description | {"step": 0}, allow_changes=False)
     flag = f"--{key.replace('_', '-')}"
     for allow in (False, True):
@@ -247,7 +250,7 @@ def test_settings_that_a_state_was_not_begun_with(key, value, plain, tmp_path):
 
 def test_changes_that_decide_the_numbers_need_a_flag(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
-    _, _, saved = newest_good([run.save_state(tmp_path / "state.safetensors")])
+    _, _, saved = latest_valid_state([run.save_state(tmp_path / "state.safetensors")])
     now = run.description | {"data": "other", "settings": run.description["settings"] | {"lr": 0.5}}
     with refusal(r"was begun with --lr None \(now 0.5\), other images or labels: continue", "--allow-changes"):
         check_same_run("here.safetensors", saved, now, allow_changes=False)
@@ -258,9 +261,9 @@ def test_a_model_to_train_or_to_sample_from_needs_the_map_of_parents(tmp_path):
     run = Run("finediffusion")
     unknown = run.description | {"hierarchy": Hierarchy(PETS.classes, PETS.superclasses, None, "pets")}
     with refusal("pets: only names and counts are known here"):
-        build(unknown)
+        build_model(unknown)
     sizes = {name: p.shape for name, p in run.model.named_parameters()}
-    assert {name: p.shape for name, p in build(unknown, counts_only=True).named_parameters()} == sizes
+    assert {name: p.shape for name, p in build_model(unknown, counts_only=True).named_parameters()} == sizes
 
 
 def test_a_state_whose_base_is_another_file_now(plain, tmp_path):
@@ -274,8 +277,8 @@ def test_a_state_whose_base_is_another_file_now(plain, tmp_path):
 def test_an_adapter_of_another_hierarchy_brings_no_table(plain, tmp_path):
     run, path = Run("finediffusion", plain), tmp_path / "pets.safetensors"
     save_adapter(path, run.ema.average, run.model, run.description)
-    table = read(path)[0][TABLE]
+    table = read_weights(path)[0][TABLE]
     for hierarchy, kept in ((PETS, True), (VETS, False)):
-        model = build(run.description | {"hierarchy": hierarchy})
-        start(model, run.chosen, path, hierarchy, seed=1)
+        model = build_model(run.description | {"hierarchy": hierarchy})
+        init_from(model, run.chosen, path, hierarchy, seed=1)
         assert model.state_dict()[TABLE].equal(table) == kept

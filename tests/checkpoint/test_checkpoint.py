@@ -12,11 +12,13 @@ import torch
 from helpers.tiny_models import PETS, TinyDiT, awake, golden, refusal, same
 from safetensors.torch import save_file
 
-from checkpoint import loading as checkpoint
-from checkpoint.loading import TABLE, build, find, load, read, start
+from checkpoint import download
+from checkpoint.download import DIT_FILES, download_file, find_weights
+from checkpoint.format import read_weights
+from checkpoint.loading import TABLE, build_model, init_from, load_weights
 from finetune import kind_of
 from models import DiT_models
-from runtime.cli import sha256, write_whole
+from runtime.files import atomic_write, sha256
 
 PLAIN = {key.removeprefix("state/"): value for key, value in golden("plain_dit")[0].items() if "state/" in key}
 TINY = {"model": "tiny", "latent_size": 8, "channels": 4, "hierarchy": PETS, "method": "finediffusion"}
@@ -36,7 +38,7 @@ def plain(tmp_path):
 
 
 def tiered():
-    return build(TINY | {"embedder": "tiered"})
+    return build_model(TINY | {"embedder": "tiered"})
 
 
 # ---- files of others --------------------------------------------------------------------------------------------------
@@ -45,7 +47,7 @@ def tiered():
 def test_a_plain_dit_leaves_norms_and_the_table_new(plain):
     model = tiered()
     before = copy.deepcopy(model.state_dict())
-    absent = load(model, *read(plain)[:1], plain, new_table=True)
+    absent = load_weights(model, *read_weights(plain)[:1], plain, new_table=True)
     assert set(absent) == {name for name in before if kind_of(name) == "norm"} | {TABLE}
     assert same(model.state_dict(), before | {name: PLAIN[name] for name in PLAIN if name != TABLE})
     assert all((before[name] == name.endswith("weight")).all() for name in before if kind_of(name) == "norm")
@@ -54,13 +56,13 @@ def test_a_plain_dit_leaves_norms_and_the_table_new(plain):
 @pytest.mark.parametrize("table_init", ["normal", "mean"])
 def test_start_draws_a_table_of_another_shape(plain, table_init):
     model = awake(tiered())
-    base = start(model, [], plain, table_init=table_init, table_std=0.5, seed=3)
+    base = init_from(model, [], plain, table_init=table_init, table_std=0.5, seed=3)
     assert base == {"path": str(plain), "sha256": sha256(plain)}
     drawn = torch.randn(7, 32, generator=torch.Generator().manual_seed(3)) * 0.5
     around = PLAIN[TABLE].mean(0) if table_init == "mean" else 0
     assert model.state_dict()[TABLE].equal(drawn + around)
-    model = awake(build(TINY | {"embedder": "null"}))  # the same shape: the file's own
-    start(model, [], plain, table_init=table_init)
+    model = awake(build_model(TINY | {"embedder": "null"}))  # the same shape: the file's own
+    init_from(model, [], plain, table_init=table_init)
     assert model.state_dict()[TABLE].equal(PLAIN[TABLE])
 
 
@@ -78,8 +80,12 @@ def test_the_official_form_loads_strictly(tmp_path, kept, prefix, zipped):
     if kept == "model":
         del record["ema"]
     torch.save(record, tmp_path / "0000100.pt", _use_new_zipfile_serialization=zipped)
-    tensors, description = read(tmp_path / "0000100.pt")
-    assert description == {} and load(ours, tensors, "official") == [] and same(ours.state_dict(), theirs.state_dict())
+    tensors, description = read_weights(tmp_path / "0000100.pt")
+    assert (
+        description == {}
+        and load_weights(ours, tensors, "official") == []
+        and same(ours.state_dict(), theirs.state_dict())
+    )
 
 
 def changed(**changes):
@@ -104,7 +110,7 @@ def test_what_does_not_fit_is_named(changes, words):
     model = tiered()
     before = copy.deepcopy(model.state_dict())
     with refusal("file.pt does not fit", *words):
-        load(model, changed(**changes), "file.pt")
+        load_weights(model, changed(**changes), "file.pt")
     assert same(model.state_dict(), before)
 
 
@@ -118,12 +124,12 @@ def test_truncated_files(tmp_path, form):
         save_file(weights, path)
     else:
         torch.save(weights, path, _use_new_zipfile_serialization=form == "zip.pt")
-    assert same(read(path)[0], weights)
+    assert same(read_weights(path)[0], weights)
     data = path.read_bytes()
     for length in range(0, len(data), 23):
         path.write_bytes(data[:length])
         with refusal(form):
-            read(path)
+            read_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -140,16 +146,16 @@ def test_files_that_are_something_else(tmp_path, text):
     for name, words in (("dit.pt", "is (no|truncated or no) checkpoint"), ("dit.safetensors", "is damaged")):
         (tmp_path / name).write_text(text)
         with refusal(name, words, "download it again"):
-            read(tmp_path / name)
+            read_weights(tmp_path / name)
     with refusal("no file", "absent.pt"):
-        read(tmp_path / "absent.pt")
+        read_weights(tmp_path / "absent.pt")
 
 
 @pytest.mark.parametrize("record", [[torch.zeros(1)], {}, {"model": {"a": 1}}, {"ema": {}}, {"step": 3}])
 def test_pickles_without_tensors_by_name(tmp_path, record):
     torch.save(record, tmp_path / "x.pt")
     with refusal("x.pt holds (list|dict), expected tensors by name"):
-        read(tmp_path / "x.pt")
+        read_weights(tmp_path / "x.pt")
 
 
 # ---- downloads --------------------------------------------------------------------------------------------------------
@@ -179,9 +185,9 @@ def server(monkeypatch, tmp_path):
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(checkpoint, "DIT_URL", f"http://127.0.0.1:{httpd.server_port}/models/")
-        monkeypatch.setattr(checkpoint, "DIT_FOLDER", tmp_path / "pretrained")
-        monkeypatch.setitem(checkpoint.DIT_FILES, "DiT-XL-2-256x256.pt", hashlib.sha256(BODY).hexdigest())
+        monkeypatch.setattr(download, "DIT_URL", f"http://127.0.0.1:{httpd.server_port}/models/")
+        monkeypatch.setattr(download, "DIT_FOLDER", tmp_path / "pretrained")
+        monkeypatch.setitem(DIT_FILES, "DiT-XL-2-256x256.pt", hashlib.sha256(BODY).hexdigest())
         monkeypatch.chdir(tmp_path)
         yield Handler
         httpd.shutdown()
@@ -191,8 +197,8 @@ def server(monkeypatch, tmp_path):
 def test_dits_own_files_are_downloaded_once(server, tmp_path):
     name = "DiT-XL-2-256x256.pt"
     for _ in range(2):
-        assert find(name) == tmp_path / "pretrained" / name
-    assert find(tmp_path / "elsewhere" / name) == tmp_path / "pretrained" / name
+        assert find_weights(name) == tmp_path / "pretrained" / name
+    assert find_weights(tmp_path / "elsewhere" / name) == tmp_path / "pretrained" / name
     assert server.hits == [f"/models/{name}"]
     assert [path.name for path in (tmp_path / "pretrained").iterdir()] == [name]
     assert (tmp_path / "pretrained" / name).read_bytes() == BODY
@@ -201,37 +207,37 @@ def test_dits_own_files_are_downloaded_once(server, tmp_path):
 def test_files_that_are_there_and_other_names_are_not_downloaded(server, tmp_path):
     own = tmp_path / "DiT-XL-2-512x512.pt"
     own.touch()
-    assert find(own) == own and find("DiT-S-8.pt").name == "DiT-S-8.pt" and server.hits == []
+    assert find_weights(own) == own and find_weights("DiT-S-8.pt").name == "DiT-S-8.pt" and server.hits == []
 
 
 def test_a_download_that_ends_early_leaves_nothing(server, tmp_path):
     server.size = len(BODY) + 1
     with refusal("could not be downloaded", f"after {len(BODY)} of {len(BODY) + 1} bytes", "pass its path"):
-        find("DiT-XL-2-256x256.pt")
+        find_weights("DiT-XL-2-256x256.pt")
     assert list((tmp_path / "pretrained").iterdir()) == []
 
 
 def test_a_download_of_other_bytes_leaves_nothing(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(checkpoint.DIT_FILES, "DiT-XL-2-256x256.pt", "0" * 64)
+    monkeypatch.setitem(DIT_FILES, "DiT-XL-2-256x256.pt", "0" * 64)
     with refusal("could not be downloaded", "its SHA-256 is", "expected 000000000000…"):
-        find("DiT-XL-2-256x256.pt")
+        find_weights("DiT-XL-2-256x256.pt")
     assert list((tmp_path / "pretrained").iterdir()) == []
 
 
 def test_a_download_that_is_led_elsewhere_must_stay_encrypted(tmp_path, monkeypatch):
     reply = io.BytesIO(BODY)
     reply.url, reply.headers = "http://example.org/dit.pt", {"Content-Length": str(len(BODY))}
-    monkeypatch.setattr(checkpoint.urllib.request, "urlopen", lambda url, timeout: reply)
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: reply)
     with refusal("could not be downloaded", "it was moved to http://example.org/dit.pt"):
-        checkpoint.download("https://example.org/dit.pt", tmp_path / "x")
+        download_file("https://example.org/dit.pt", tmp_path / "x")
 
 
 def test_a_download_that_is_not_there(server, tmp_path, monkeypatch):
     with refusal("absent could not be downloaded", "Not Found"):
-        checkpoint.download(checkpoint.DIT_URL + "absent", tmp_path / "x")
-    monkeypatch.setattr(checkpoint, "DIT_URL", "http://127.0.0.1:1/")
+        download_file(download.DIT_URL + "absent", tmp_path / "x")
+    monkeypatch.setattr(download, "DIT_URL", "http://127.0.0.1:1/")
     with refusal("could not be downloaded", "refused"):
-        find("DiT-XL-2-256x256.pt")
+        find_weights("DiT-XL-2-256x256.pt")
     assert list((tmp_path / "pretrained").iterdir()) == []
 
 
@@ -240,14 +246,14 @@ def test_a_download_that_is_not_there(server, tmp_path, monkeypatch):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file"
-    write_whole(path, lambda part: part.write_text("first"))
+    atomic_write(path, lambda part: part.write_text("first"))
 
     def fail(part):
         part.write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fail)
+        atomic_write(path, fail)
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    write_whole(path, lambda part: part.write_text("second"))
+    atomic_write(path, lambda part: part.write_text("second"))
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]

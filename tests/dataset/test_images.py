@@ -9,18 +9,10 @@ from helpers.tiny_models import THREE_PETS, make
 from PIL import Image
 from safetensors.torch import load_file
 
-from dataset.images import (
-    ImageData,
-    StepBatches,
-    UnreadableImage,
-    center_crop,
-    check_counts,
-    collate,
-    list_images,
-    read_crop,
-    to_rgb,
-)
+from dataset.images import ImageData, UnreadableImage, center_crop, collate, list_images, read_crop, to_rgb
 from hierarchy import Hierarchy
+from hierarchy.hierarchy import check_counts
+from training.batches import StepBatches
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VEGFRU = [

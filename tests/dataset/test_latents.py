@@ -6,7 +6,8 @@ import torch
 from helpers.tiny_latents import NAMES, write_latents
 from helpers.tiny_models import THREE_PETS
 
-from dataset.images import LatentData, collate
+from dataset.images import collate
+from dataset.latents import LatentData
 from hierarchy import Hierarchy
 
 

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from pytorch_fid import inception as pytorch_fid_inception
 
 from evaluation import features
-from evaluation.metrics import Gaussian, frechet_distance, of_features, of_gaussian
+from evaluation.metrics import Gaussian, features_root, frechet_distance, gaussian_root
 
 
 def images(n, size, seed=0):
@@ -81,12 +81,12 @@ def test_fid_is_pytorch_fids_on_the_same_weights(inception_file, tmp_path, monke
         sides.append(network(x)["features"])
         np.testing.assert_allclose(sides[-1], expected[-1], rtol=1e-5, atol=1e-5)
     sets = [torch.from_numpy(side).double() for side in expected]
-    assert frechet_distance(*map(of_features, sides)) == pytest.approx(
-        frechet_distance(*map(of_features, sets)), rel=1e-6
+    assert frechet_distance(*map(features_root, sides)) == pytest.approx(
+        frechet_distance(*map(features_root, sets)), rel=1e-6
     )
     # its own formula needs covariances of full rank: some of the 2,048 features
     few = [side[:, :4].double() for side in sides]
-    found = frechet_distance(*(of_gaussian(Gaussian(6, x.mean(0), torch.cov(x.T))) for x in few))
+    found = frechet_distance(*(gaussian_root(Gaussian(6, x.mean(0), torch.cov(x.T))) for x in few))
     theirs = [s for side in expected for s in (side[:, :4].mean(0), np.cov(side[:, :4], rowvar=False))]
     assert found == pytest.approx(fid_score.calculate_frechet_distance(*theirs), rel=1e-6)
 

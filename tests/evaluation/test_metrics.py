@@ -22,15 +22,15 @@ with warnings.catch_warnings():
 from evaluation.metrics import (
     Gaussian,
     Moments,
+    features_root,
     frechet_distance,
+    gaussian_root,
     inception_score,
     interval,
     kid,
     kid_size,
     mean_over_pairs,
     mean_over_weighted_pairs,
-    of_features,
-    of_gaussian,
     precision_recall,
     resamples,
     score_splits,
@@ -43,7 +43,7 @@ def draw(seed, *shape, dtype=torch.float64):
 
 
 def gaussian(mean, covariance):
-    return of_gaussian(Gaussian(None, torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()))
+    return gaussian_root(Gaussian(None, torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()))
 
 
 def moments(x, batch=7):
@@ -55,11 +55,11 @@ def moments(x, batch=7):
 
 
 def by_features(x, y):
-    return frechet_distance(of_features(x), of_features(y))
+    return frechet_distance(features_root(x), features_root(y))
 
 
 def by_statistics(x, y):
-    return frechet_distance(of_gaussian(moments(x)), of_gaussian(moments(y)))
+    return frechet_distance(gaussian_root(moments(x)), gaussian_root(moments(y)))
 
 
 def rotation(seed, d):
@@ -211,7 +211,7 @@ EDGE_CASES = {  # name: (function, the exact value)
     "tiny numbers": (lambda: by_features(SAME * 1e-100, SAME * 1e-100 + 1e-100) * 1e200, 64),
     "large numbers": (lambda: by_features(SAME * 1e100, SAME * 1e100 + 1e100) * 1e-200, 64),
     "huge n": (lambda: by_features(HUGE, HUGE + 1), 32),
-    "huge n, streamed": (lambda: frechet_distance(*(of_gaussian(moments(x, 1000)) for x in (HUGE, HUGE + 1))), 32),
+    "huge n, streamed": (lambda: frechet_distance(*(gaussian_root(moments(x, 1000)) for x in (HUGE, HUGE + 1))), 32),
     "one image": (lambda: by_features(SAME[:1], SAME), ValueError),
     "one image, from statistics": (lambda: moments(SAME[:1]), ValueError),
     "no images": (lambda: by_features(SAME[:0], SAME), ValueError),

@@ -10,10 +10,11 @@ import torch
 from helpers.tiny_files import random_dit
 from PIL import Image
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_weights, save_safetensors
+from checkpoint.loading import TABLE
 from dataset.latents import sealed
 from hierarchy import Hierarchy
-from runtime.cli import sha256
+from runtime.files import sha256
 
 
 def hierarchy(**changes):
@@ -37,9 +38,9 @@ def described(**changes):
     """The adapter with other words in its description, or in that of its base."""
 
     def make(path, file):
-        tensors, description = checkpoint.read(file("adapter"))
+        tensors, description = read_weights(file("adapter"))
         base = description["base"] | {"path": str(file(changes["base"]))} if "base" in changes else description["base"]
-        checkpoint.save_safetensors(path, tensors, description | changes | {"base": base})
+        save_safetensors(path, tensors, description | changes | {"base": base})
 
     return make
 
@@ -72,10 +73,10 @@ def nan(source, name):
     """A file of weights with one NaN in the tensor `name`."""
 
     def make(path, file):
-        tensors, description = checkpoint.read(file(source))
+        tensors, description = read_weights(file(source))
         tensors[name].view(-1)[7] = torch.nan
         if description:
-            checkpoint.save_safetensors(path, tensors, description)
+            save_safetensors(path, tensors, description)
         else:
             torch.save(tensors, path)
 
@@ -147,8 +148,8 @@ MAKE = {
     "pointer.pt": text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2700611775\n"),
     "pointer.safetensors": text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 48614528\n"),
     "nan.pt": nan("base", "blocks.1.attn.qkv.bias"),
-    "nan.safetensors": nan("adapter", checkpoint.TABLE),
-    "states/nan.safetensors": nan("state", f"average/{checkpoint.TABLE}"),
+    "nan.safetensors": nan("adapter", TABLE),
+    "states/nan.safetensors": nan("state", f"average/{TABLE}"),
     "ruined": ruined,
     "cut.pt": cut("base", 5000),
     "cut.safetensors": cut("adapter", 50),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from accelerate.state import AcceleratorState, GradientState
 
-from runtime import cli as runtime
+from runtime.cli import run_command
 
 
 def call(main, *flags):
@@ -17,7 +17,7 @@ def call(main, *flags):
     sys.argv = [sys.modules[main.__module__].__file__, *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runtime.run_command(main)
+            run_command(main)
     except SystemExit as stop:
         code = stop.code
     finally:

@@ -14,9 +14,11 @@ from helpers.tiny_files import random_dit
 from helpers.tiny_latents import write_latents
 from safetensors.torch import save_file
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import ADAPTER, file_metadata, is_adapter, save_safetensors
+from checkpoint.loading import load_adapted, load_full_weights, sha256
 from dataset import latents
-from dataset.images import LatentData, read_crop
+from dataset.images import read_crop
+from dataset.latents import LatentData
 from evaluation import features
 from evaluation.image_sets import Folder, open_set
 from hierarchy import Hierarchy
@@ -107,9 +109,9 @@ def described(**changes):
         about = dict(
             model="DiT-Ti/2", image_size=8, latent_size=8, channels=3, vae="none", method="full", embedder="null"
         )
-        about |= dict(hierarchy=pets, base=None, step=1, format=checkpoint.ADAPTER) | changes
+        about |= dict(hierarchy=pets, base=None, step=1, format=ADAPTER) | changes
         weights = random_dit(input_size=8, in_channels=3, num_classes=2)
-        checkpoint.save_safetensors(path, weights, about)
+        save_safetensors(path, weights, about)
 
     return write
 
@@ -118,11 +120,11 @@ def packed(*texts, times=1):
     """An adapter, whole and with its hash, whose hierarchy unpacks to `texts`, so many times over."""
 
     def write(path, trap):
-        about = json.dumps({"format": checkpoint.ADAPTER})
+        about = json.dumps({"format": ADAPTER})
         tensors = {
             "hierarchy": torch.frombuffer(bytearray(b"".join(map(bz2.compress, texts)) * times), dtype=torch.uint8)
         }
-        save_file(tensors, path, checkpoint.labels(tensors, about))
+        save_file(tensors, path, file_metadata(tensors, about))
 
     return write
 
@@ -177,7 +179,7 @@ def latents_of_objects(path, trap):
     objects = np.array([trap] * 4, dtype=object)
     np.save(path / "labels.npy", objects, allow_pickle=True)
     info = json.loads((path / "latents.json").read_text())
-    info["hashes"]["labels.npy"] = checkpoint.sha256(path / "labels.npy")
+    info["hashes"]["labels.npy"] = sha256(path / "labels.npy")
     del info["sha256"]
     (path / "latents.json").write_text(latents.sealed(info))
 
@@ -210,7 +212,7 @@ ARRAYS = {
 
 def read_checkpoint(path):
     """What sample.py does with --ckpt, and train.py with --resume."""
-    checkpoint.load_adapted(path) if checkpoint.is_adapter(path) else checkpoint.whole(path)
+    load_adapted(path) if is_adapter(path) else load_full_weights(path)
 
 
 READERS = [  # what reads it, files

@@ -17,7 +17,7 @@ import traceback
 from accelerate.state import AcceleratorState, GradientState
 from tqdm import tqdm
 
-from runtime import cli as runtime
+from runtime.cli import run_command
 
 DEADLY = [(os, "replace"), (os, "pwrite"), (os, "fsync"), (os, "unlink")]  # every step by which files come about
 LONGEST = 120  # seconds until a launch counts as hanging
@@ -77,7 +77,7 @@ def work(main, flags, folder, world, rank, port, prepare):
         sys.argv = [f"{main.__module__.rsplit('.', 1)[-1]}.py", *map(str, flags)]
         if prepare:
             prepare(rank)
-        runtime.run_command(main)
+        run_command(main)
         code = 0
     except SystemExit as stop:
         code = stop.code

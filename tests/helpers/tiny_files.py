@@ -7,10 +7,11 @@ import torch
 from helpers.tiny_models import described
 from PIL import Image
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import save_adapter
+from checkpoint.loading import build_model
 from finetune import METHODS, kind_of, select
 from models import DiT_models
-from runtime import cli as runtime
+from runtime.files import sha256
 
 CLASSES = {"cats": ("lynx", "manx"), "dogs": ("beagle", "pug", "pug_dog")}  # 4 images each
 
@@ -42,11 +43,11 @@ def random_dit(seed=0, affine=False, **sizes):
 
 def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more):
     """An adapter as train.py writes it, with random numbers in it -> its path."""
-    description = described(hierarchy, method, base={"path": str(base), "sha256": runtime.sha256(base)}, **more)
-    model = checkpoint.build(description)
+    description = described(hierarchy, method, base={"path": str(base), "sha256": sha256(base)}, **more)
+    model = build_model(description)
     counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
     random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
-    checkpoint.save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
+    save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
     return path
 
 

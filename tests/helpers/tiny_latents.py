@@ -16,8 +16,8 @@ def write_latents(root, seed=0, **change):
         dict(images=4, flips=2, channels=4, size=3, chunk=3, hierarchy=THREE_PETS.to_dict(), image_list="abc") | change
     )
     root.mkdir(exist_ok=True)
-    latents.create_moments(root, info)
+    latents.create_moments_file(root, info)
     np.save(root / "moments.npy", moments)
     hashes = [latents.chunk_hash(root, info, k) for k in range(2)]
-    latents.write_rest(root, info, NAMES, torch.tensor([0, 0, 1, 2]), hashes, skipped=[(1, 0)])
+    latents.write_metadata(root, info, NAMES, torch.tensor([0, 0, 1, 2]), hashes, skipped=[(1, 0)])
     return moments

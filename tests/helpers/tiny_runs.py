@@ -2,8 +2,8 @@
 
 import json
 
-from checkpoint import loading as checkpoint
-from training import state as runs
+from checkpoint.format import read_weights
+from training.state import list_states
 
 TINY = (
     "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5".split()
@@ -15,8 +15,8 @@ SPEEDS = ("steps_per_s", "images_per_s", "memory_gb")
 def outcome(folder):
     """All that a run leaves but for the times, by name: its last state, its adapters, its grids and the rows of losses."""
     found = {path.name: path.read_bytes() for path in folder.glob("samples/[0-9]*")}
-    for path in (runs.states_of(folder)[0], *folder.glob("adapters/[0-9]*")):
-        tensors, description = checkpoint.read(path)
+    for path in (list_states(folder)[0], *folder.glob("adapters/[0-9]*")):
+        tensors, description = read_weights(path)
         name = f"{path.parent.name} {path.stem}"
         found |= {name: description} | {f"{name} {key}": tensor.numpy().tobytes() for key, tensor in tensors.items()}
     for line in (folder / "metrics.jsonl").read_text().splitlines():

@@ -10,16 +10,17 @@ import torch
 from helpers.tiny_latents import NAMES, write_latents
 from helpers.tiny_models import THREE_PETS, TinyDiT, awake, refusal, same
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import ADAPTER, read_weights, save_adapter, save_safetensors
+from checkpoint.loading import build_model, load_adapted, load_base_weights
 from dataset import latents
-from dataset.images import LatentData
+from dataset.latents import LatentData
 from evaluation.image_sets import open_set
 from evaluation.metrics import Gaussian
 from evaluation.npz_sets import save_statistics
 from finetune import METHODS, select
 from models import DiT_models
-from runtime.cli import sha256
-from training import state as runs
+from runtime.files import sha256
+from training.state import DECISIVE_FLAGS, check_same_run, latest_valid_state, save_state
 
 ALL, SHORT = 1500, 75
 LATENTS = ("moments.npy", "labels.npy", "images.txt", "latents.json")
@@ -101,7 +102,7 @@ class Case:
 def described(model="tiny", **changes):
     about = dict(image_size=64, latent_size=8, channels=4, vae="mse", method="finediffusion", embedder="tiered")
     about |= dict(
-        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(runs.DECISIVE), base=None, step=7
+        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(DECISIVE_FLAGS), base=None, step=7
     )
     return about | changes
 
@@ -109,21 +110,21 @@ def described(model="tiny", **changes):
 def state(path, seed=0, **changes):
     """A training state of a tiny model, random."""
     torch.manual_seed(seed)
-    model = awake(checkpoint.build(described()), seed)
+    model = awake(build_model(described()), seed)
     parameters = select(model, METHODS["finediffusion"])
     optimizer = torch.optim.AdamW(parameters.values())
     for p in parameters.values():
         p.grad = torch.randn(p.shape)
     optimizer.step()
     averages = {name: p * 0.5 for name, p in parameters.items()}
-    runs.save_state(path, parameters, averages, optimizer, {"terms": torch.ones(2)}, described(**changes))
+    save_state(path, parameters, averages, optimizer, {"terms": torch.ones(2)}, described(**changes))
     return path
 
 
 def adapter(path, base):
-    model = awake(checkpoint.build(described()))
+    model = awake(build_model(described()))
     averages = {name: p.detach() for name, p in select(model, METHODS["finediffusion"]).items()}
-    checkpoint.save_adapter(path, averages, model, described(base={"path": str(base), "sha256": sha256(base)}))
+    save_adapter(path, averages, model, described(base={"path": str(base), "sha256": sha256(base)}))
     return path
 
 
@@ -157,26 +158,26 @@ def whole(tiny, tmp_path):
     here, there = tmp_path / "latents", tmp_path / "others"
     write_latents(here)
     write_latents(there, seed=1)
-    latents.write_rest(there, {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
+    latents.write_metadata(there, {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
     path = adapter(tmp_path / "adapter.safetensors", base)
     # another run's state is whole, and is told by what it was begun with
     strangers = dict(
-        seed=dict(settings=dict.fromkeys(runs.DECISIVE, 1)), data=dict(data="xyz"), model=dict(image_size=32)
+        seed=dict(settings=dict.fromkeys(DECISIVE_FLAGS, 1)), data=dict(data="xyz"), model=dict(image_size=32)
     )
     others = [state(tmp_path / f"{name}.safetensors", 1, **changes) for name, changes in strangers.items()]
 
     def read_state(path):
-        _, tensors, saved = runs.newest_good([path], say=lambda text: None)
-        runs.check_same_run(path, saved, described(step=0), allow_changes=False)
+        _, tensors, saved = latest_valid_state([path], say=lambda text: None)
+        check_same_run(path, saved, described(step=0), allow_changes=False)
         return tensors
 
     def read_base(path):
-        return checkpoint.base_weights({"path": str(base), "sha256": base_hash}, "adapter.safetensors", path)
+        return load_base_weights({"path": str(base), "sha256": base_hash}, "adapter.safetensors", path)
 
     base_hash = sha256(base)
     cases = {
         "state": Case(state(tmp_path / "7.safetensors"), read_state, "are damaged|was begun with", others),
-        "adapter": Case(path, checkpoint.load_adapted, "is damaged", []),
+        "adapter": Case(path, load_adapted, "is damaged", []),
         "base": Case(base, read_base, "is not the base of", [other]),
         "statistics": Case(statistics(tmp_path / "s.npz"), read_statistics, "is damaged", []),
     }
@@ -221,11 +222,11 @@ def test_a_changed_file_is_noticed(whole, cases, figure):
 def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
     count, chance = cases(15, full=300), random.Random(1)
     newest, before = state(tmp_path / "8.safetensors", seed=1, step=8), state(tmp_path / "7.safetensors")
-    content, expected = newest.read_bytes(), checkpoint.read(before)[0]
+    content, expected = newest.read_bytes(), read_weights(before)[0]
     for _ in range(count):
         newest.write_bytes(changed(content, chance)[0])
         said = []
-        path, tensors, description = runs.newest_good([newest, before], said.append)
+        path, tensors, description = latest_valid_state([newest, before], said.append)
         assert path == before and same(tensors, expected) and description["step"] == 7
         assert (
             len(said) == 1
@@ -238,9 +239,9 @@ def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
 def test_a_state_of_another_step_is_taken_as_a_whole(tiny, tmp_path):
     """It is the same run's, and brings its step along with its numbers: the two cannot come apart."""
     paths = [state(tmp_path / f"{step}.safetensors", seed=step, step=step) for step in (7, 8)]
-    expected = checkpoint.read(paths[0])[0]
+    expected = read_weights(paths[0])[0]
     paths[0].replace(paths[1])
-    _, tensors, description = runs.newest_good([paths[1]])
+    _, tensors, description = latest_valid_state([paths[1]])
     assert same(tensors, expected) and description["step"] == 7
 
 
@@ -273,7 +274,7 @@ def test_changed_statistics_are_noticed(whole, cases, figure):
 @pytest.mark.reliability("R3", "changed checkpoints of others (.pt), of which no hash is known")
 def test_changed_checkpoints_of_others_are_noticed(whole, cases, figure):
     def values(path):
-        return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.read(path)[0].items()}
+        return {name: tensor.numpy().tobytes() for name, tensor in read_weights(path)[0].items()}
 
     count = cases(30, full=500)
     noticed, harmless = noticed_or_harmless(whole["base"], values, count, random.Random(3))
@@ -325,21 +326,21 @@ def test_another_content_in_a_valid_header_is_noticed(change, whole):
 @pytest.mark.parametrize("change", SPELT.values(), ids=SPELT)
 def test_the_same_content_may_be_spelt_otherwise(change, whole):
     path = whole["adapter"].path
-    content, (tensors, description) = path.read_bytes(), checkpoint.read(path)
+    content, (tensors, description) = path.read_bytes(), read_weights(path)
     tensors = {
         name: tensor.clone() for name, tensor in tensors.items()
     }  # they were mapped, and the file is written over
     other = with_header(content, change)
     assert other != content
     path.write_bytes(other)
-    again, described = checkpoint.read(path)
+    again, described = read_weights(path)
     assert same(again, tensors) and described == description
 
 
 def test_tensors_with_exchanged_places_are_noticed(tiny, tmp_path):
     path = tmp_path / "a.safetensors"
-    checkpoint.save_safetensors(path, {"a": torch.zeros(4), "b": torch.ones(4)}, described(format=checkpoint.ADAPTER))
-    checkpoint.read(path)
+    save_safetensors(path, {"a": torch.zeros(4), "b": torch.ones(4)}, described(format=ADAPTER))
+    read_weights(path)
     places = [b'"data_offsets":[0,16]', b'"data_offsets":[16,32]']
 
     def swap(header):
@@ -348,4 +349,4 @@ def test_tensors_with_exchanged_places_are_noticed(tiny, tmp_path):
 
     path.write_bytes(with_header(path.read_bytes(), swap))
     with refusal("a.safetensors is damaged"):
-        checkpoint.read(path)
+        read_weights(path)

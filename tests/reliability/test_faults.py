@@ -21,9 +21,9 @@ from helpers.tiny_models import ROOT
 from helpers.tiny_runs import SAVING, differences, outcome
 
 import train
-from checkpoint import loading as checkpoint
-from training import logger as watching
-from training import state as runs
+from checkpoint import format
+from training import logger
+from training.state import latest_valid_state, list_states
 
 FLAGS = [*SAVING, *"--num-workers 1 --preview-images 2 --keep-states 1".split()]
 
@@ -51,7 +51,7 @@ def run(images, base, tmp_path_factory):
 
 def die_in_step(count):
     """Have this process be killed when the losses of its step of this number (from 0) have been added."""
-    add, left = watching.Watch.add, [count]
+    add, left = logger.Watch.add, [count]
 
     def added(watch, *arguments):
         add(watch, *arguments)
@@ -59,7 +59,7 @@ def die_in_step(count):
             signal.raise_signal(signal.SIGKILL)
         left[0] -= 1
 
-    watching.Watch.add = added
+    logger.Watch.add = added
 
 
 def a_kill(draw, world, steps, seconds):
@@ -108,7 +108,7 @@ def at_operations(root, act, step=6):
 
     They are those below `root` that Python itself reports, whoever asks for them, with fsync and the writer of safetensors.
     """
-    save, write, armed = train.save, watching.Watch.write, []
+    save, write, armed = train.save, logger.Watch.write, []
 
     def met(name, path=""):
         if armed and (path.startswith(str(root)) or not path):
@@ -132,8 +132,8 @@ def at_operations(root, act, step=6):
         met("end")
         armed.clear()
 
-    train.save, watching.Watch.write = saved, written
-    os.fsync, checkpoint.save_file = before(os.fsync, "fsync"), before(checkpoint.save_file, "save_file")
+    train.save, logger.Watch.write = saved, written
+    os.fsync, format.save_file = before(os.fsync, "fsync"), before(format.save_file, "save_file")
     sys.addaudithook(lambda event, arguments: event in EVENTS and met(event, str(arguments[0])))
 
 
@@ -208,7 +208,7 @@ def struck(run, saving, moment, world, deadly):
     codes = run("struck", 8, world=world, prepare=lambda rank: rank == 0 and prepare(), patience=0 if deadly else 60)
     said = (run.root / "err0").read_text()
     assert deadly or -signal.SIGKILL not in codes.values()  # the others leave of themselves
-    path, _, _ = runs.newest_good(runs.states_of(folder), pytest.fail)
+    path, _, _ = latest_valid_state(list_states(folder), pytest.fail)
     assert path.stem in ("0000003", "0000006") or not worst(codes)
     assert worst(run("struck", 8, world=world)) == 0 and not differences(folder, saving.expected[world]), moment
     assert not list(folder.rglob(".*"))  # what was half written is gone
@@ -223,7 +223,7 @@ def test_each_operation_of_a_save_leaves_a_state(run, saving, figure):
     steps, before = [], outcome(run.root / "template1")
     for number in range(len(names)):
         folder = run.root / "at" / str(number)
-        path, _, _ = runs.newest_good(runs.states_of(folder), pytest.fail)
+        path, _, _ = latest_valid_state(list_states(folder), pytest.fail)
         steps.append(int(path.stem))
         found = outcome(folder)
         finished = [name for name in found if not name.startswith("states")]
@@ -318,7 +318,7 @@ def test_signals_to_torchrun(run, cases, figure):
             waited(process, lines, rows, count=len(lines(rows)) + draw.randrange(1, 9))
             process.send_signal(getattr(signal, signals[number % 4]))
             assert process.wait(timeout=60) != 0
-        (path,) = runs.states_of(folder)
+        (path,) = list_states(folder)
         step, before = int(path.stem), step
         assert f"asked to leave: the state of step {step} is saved" in (run.root / "said").read_text() and step > before
         assert step - json.loads(lines(rows)[-1])["step"] in (0, 1)  # rows are written every two steps

@@ -21,10 +21,11 @@ from helpers.tiny_runs import SAVING, differences, outcome
 
 import sample_ddp
 import train
-from checkpoint import loading as checkpoint
-from dataset.images import LatentData
+from checkpoint.format import read_weights
+from dataset.latents import LatentData
 from tools import encode_latents
-from training import state as runs
+from training import state
+from training.state import latest_valid_state, list_states
 
 FLAGS = [*SAVING, "--preview-images", "2"]
 PAGE, PATIENT = 4096, {"patience": 60}  # when one process fails, the others have to leave by themselves
@@ -148,7 +149,7 @@ def check_whole(folder, expected):
     """All files below a run's folder are whole, and those of the undisturbed run; logs may end within a line."""
     assert not list(folder.rglob(".*"))
     for path in folder.rglob("*.safetensors"):
-        tensors, description = checkpoint.read(path)
+        tensors, description = read_weights(path)
         name = f"{path.parent.name} {path.stem}"
         known = expected if name in expected else {}  # of states, the last
         assert all(known.get(f"{name} {key}", content) == content for key, content in numbers(tensors))
@@ -159,8 +160,8 @@ def check_whole(folder, expected):
         json.loads((folder / "args.json").read_text())
     rows = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
     assert all(json.loads(row)["step"] in (2, 4, 6, 8) for row in rows.split("\n")[:-1])
-    states = runs.states_of(folder)
-    return states and runs.newest_good(states, pytest.fail)[0]
+    states = list_states(folder)
+    return states and latest_valid_state(states, pytest.fail)[0]
 
 
 def numbers(tensors):
@@ -176,8 +177,8 @@ def test_training_on_a_full_disk(run, whole, disk, cases, figure):
         folder, state = disk.path / f"run{case}", None
         if begun:
             begin(folder, finished)
-            state = runs.states_of(folder)[0]
-        need = used(finished) - used(folder) if not disk.limited else runs.states_of(finished)[0].stat().st_size
+            state = list_states(folder)[0]
+        need = used(finished) - used(folder) if not disk.limited else list_states(finished)[0].stat().st_size
         share = ((case + draw.random()) / count) ** 4  # more of the small ones, where the logs do not fit
         rooms.append(int(share * (need - PAGE)) // PAGE * PAGE)
         disk.leave(rooms[-1])
@@ -296,7 +297,7 @@ def test_no_permission(world, run, whole, tmp_path):
 @pytest.mark.reliability("R12", "a state without permission to read: code 2, nothing changed, not the state before it")
 def test_a_state_that_may_not_be_read(run, whole, tmp_path):
     folder = shutil.copytree(whole(1)[0], tmp_path / "results/begun")
-    before, state = tree(folder), runs.states_of(folder)[0]
+    before, state = tree(folder), list_states(folder)[0]
     state.chmod(0)
     codes = run(folder, 9, prepare=without_privileges)
     state.chmod(0o644)
@@ -342,7 +343,7 @@ def test_two_trainings(run, whole, tmp_path, cases, figure):
         if case % 2:
             begin(folder, finished)
             (folder / "states/.0000006.safetensors.1.part").touch()  # of the kill
-        codes = run(folder, 8, **together(tmp_path, runs, "lock"))
+        codes = run(folder, 8, **together(tmp_path, state, "lock_run_dir"))
         check_one_refused(codes, run.root, "train.py", "Another process is training in")
         assert not differences(folder, expected) and not list(folder.rglob(".*"))
         for path in tmp_path.glob("here*"):

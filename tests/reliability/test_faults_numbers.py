@@ -15,14 +15,15 @@ from helpers.tiny_runs import SAVING, differences, outcome
 
 import train
 from autoencoder import Autoencoder
-from checkpoint import loading as checkpoint
-from dataset.images import ImageData, StepBatches
+from checkpoint.format import read_weights
+from dataset.images import ImageData
 from dataset.latents import NPY_HEADER, chunk_hash, item_bytes, read_sealed, write_sealed
 from hierarchy import Hierarchy
-from runtime.cli import few
+from runtime.cli import shorten
 from tools import encode_latents
-from training import state as runs
-from training import step as steps
+from training.batches import StepBatches
+from training.state import list_states
+from training.step import GuardedOptimizer, draw_step_noise
 
 FLAGS = [*SAVING, "--preview-images", "0"]
 BEGUN, STEPS, SHAPE = 3, 8, (3, 8, 8)
@@ -169,15 +170,15 @@ def begun(run):
 
 def sentence(data, what, step, rows):
     """How the message begins where the rows of the batch of a step (from 0) went wrong."""
-    images, t = StepBatches(len(data), 4, 0).rows(step), steps.drawn(0, step, 4, SHAPE, True, 0.1, 0.0, "cpu")["t"]
-    names = few(f"{data.name(int(images[i]))} at timestep {t[i]}" for i in rows)
+    images, t = StepBatches(len(data), 4, 0).rows(step), draw_step_noise(0, step, 4, SHAPE, True, 0.1, 0.0, "cpu")["t"]
+    names = shorten(f"{data.name(int(images[i]))} at timestep {t[i]}" for i in rows)
     return f"train.py: At step {step + 1} the {what} is not finite (images {names}), expected numbers: "
 
 
 def check_finite(folder):
     """Every number of every file of a run is one."""
     for path in folder.rglob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in checkpoint.read(path)[0].values()), path
+        assert all(tensor.isfinite().all() for tensor in read_weights(path)[0].values()), path
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
 
@@ -251,7 +252,7 @@ def test_a_step_can_be_passed_over(kind, run):
     assert not any(run(f"skip-{kind}", STEPS, *flags, world=2, prepare=prepare).values())
     said = (run.root / "out0").read_text()
     assert f"At step 5 the {kind} is not finite" in said and "passed over" in said
-    states = [checkpoint.read(path) for path in reversed(runs.states_of(run.root / f"skip-{kind}"))]
+    states = [read_weights(path) for path in reversed(list_states(run.root / f"skip-{kind}"))]
     before, after = states[3][0], states[4][0]
     kept = [name for name in before if name.startswith(("now/", "exp_avg/", "exp_avg_sq/"))]
     assert all(before[name].equal(after[name]) for name in kept) and states[4][1]["updates"] == 4
@@ -267,7 +268,7 @@ def test_after_a_bad_step_nothing_moves_until_the_run_stops():
     p = torch.nn.Parameter(torch.ones(3))
     accelerator = train.Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW([p], lr=0.1, fused=True))
-    update = steps.Update(accelerator, optimizer, [p], sticky=True)
+    update = GuardedOptimizer(accelerator, optimizer, [p], sticky=True)
     values = []
     for gradient in (1.0, math.nan, 1.0):
         p.grad = torch.full((3,), gradient)

@@ -14,10 +14,11 @@ from helpers.tiny_files import random_dit
 from helpers.tiny_models import SOURCES, same
 
 import autoencoder
-from checkpoint import loading as checkpoint
+from checkpoint.download import DIT_URL
+from checkpoint.format import read_weights
+from checkpoint.loading import DiT_models, load_adapted, load_weights
 from evaluation import features
-from hierarchy import Hierarchy
-from hierarchy import archive as packing
+from hierarchy import Hierarchy, archive
 from hierarchy.layouts import folder_names
 
 BOUND = 256  # MB that a file may take beyond what the process has, whatever it says
@@ -82,10 +83,10 @@ def test_files_in_the_official_forms_are_read(base, official, adapter, tmp_path,
     for path in (base, official):
         record = torch.load(path, weights_only=False)
         expected = record.get("ema", record)
-        assert same(checkpoint.read(path)[0], expected)
+        assert same(read_weights(path)[0], expected)
         torch.save(record, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-        assert same(checkpoint.read(tmp_path / "legacy.pt")[0], expected)
-    checkpoint.load_adapted(adapter)
+        assert same(read_weights(tmp_path / "legacy.pt")[0], expected)
+    load_adapted(adapter)
     figure("4 of 4: plain and with model, ema, opt and args; zip and legacy")
 
 
@@ -98,10 +99,10 @@ def test_weights_that_are_no_floats(dtype, tmp_path):
     weights = random_dit(**sizes)
     weights["final_layer.linear.weight"] = weights["final_layer.linear.weight"].to(dtype)
     torch.save(weights, tmp_path / "dit.pt")
-    model = checkpoint.DiT_models["DiT-Ti/2"](**sizes)
+    model = DiT_models["DiT-Ti/2"](**sizes)
     before = model.state_dict()["final_layer.linear.weight"].clone()
     with pytest.raises(ValueError, match=f"no floats final_layer.linear.weight {dtype}"):
-        checkpoint.load(model, checkpoint.read(tmp_path / "dit.pt")[0], "dit.pt")
+        load_weights(model, read_weights(tmp_path / "dit.pt")[0], "dit.pt")
     assert model.state_dict()["final_layer.linear.weight"].equal(before)
     network = torch.nn.Linear(2, 2)
     tensors = network.state_dict() | {"weight": torch.ones(2, 2).to(dtype)}
@@ -114,8 +115,8 @@ def test_weights_of_other_floats(dtype, tmp_path):
     sizes = dict(input_size=8, in_channels=3, num_classes=2)
     weights = {name: t.to(dtype) for name, t in random_dit(**sizes).items()}
     torch.save(weights, tmp_path / "dit.pt")
-    model = checkpoint.DiT_models["DiT-Ti/2"](**sizes)
-    checkpoint.load(model, checkpoint.read(tmp_path / "dit.pt")[0], "dit.pt")
+    model = DiT_models["DiT-Ti/2"](**sizes)
+    load_weights(model, read_weights(tmp_path / "dit.pt")[0], "dit.pt")
     assert all(model.state_dict()[name].equal(weights[name].float()) for name in weights)
 
 
@@ -168,7 +169,7 @@ def test_names_of_classes_stay_in_their_folder(tmp_path):
         path = tmp_path / name
         path.mkdir()
         assert path.resolve().parent == tmp_path.resolve() and name.strip(". ") == name
-    packing.unpack(packing.pack(Hierarchy(NAMES, ("a",), [0] * len(NAMES)).to_dict()))
+    archive.unpack_hierarchy(archive.pack_hierarchy(Hierarchy(NAMES, ("a",), [0] * len(NAMES)).to_dict()))
 
 
 # ---- promises about the sources ------------------------------------------------------------------
@@ -177,7 +178,7 @@ PLACES = {  # what is done in so many files and in no others
     "torch.load": {"torch_files.py"},
     "torch.save": {"export.py", "features.py"},  # the forms of others; in memory, for torch-fidelity to read
     "torch.jit.load": {"features.py"},  # a program that the user names as one
-    "urllib.request.urlopen": {"loading.py"},
+    "urllib.request.urlopen": {"download.py"},
     "torch.hub.download_url_to_file": {"features.py"},  # with a hash
 }
 NEVER = re.compile(
@@ -232,5 +233,5 @@ def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
 def test_every_address_is_encrypted():
     found = [path.name for path in SOURCES if re.search(r"\b(http|ftp)://", path.read_text())]
     assert not found
-    assert checkpoint.DIT_URL.startswith("https://")
+    assert DIT_URL.startswith("https://")
     assert all(names[0].startswith("https://") for names in features.PUBLISHED.values())

@@ -11,17 +11,17 @@ from torch.testing import assert_close
 from benchmarks import solvers as bench_solvers
 from diffusion import create_diffusion
 from guidance import Guidance
-from sampling import samplers as sampling
+from sampling import samplers
 from sampling.samplers import (
     SAMPLERS,
-    draw,
+    draw_noise,
     noise_stream,
+    run_sampler,
     sample_keyed,
     sample_latents,
     sample_latents_official,
     solver_timesteps,
     to_uint8,
-    walk,
 )
 from tiered_embedder import TieredEmbedder
 
@@ -60,15 +60,15 @@ def in_batches(model, size, **options):
 
 def test_a_stream_is_set_by_its_key():
     keys = [(seed, k) for seed in (0, 1, 12) for k in range(40)] + [(1, 2, 0), (12, 0, 0), (0, 1, 2, 3)]
-    first = {key: draw([noise_stream(*key)], (3,)) for key in keys}
+    first = {key: draw_noise([noise_stream(*key)], (3,)) for key in keys}
     assert len({tuple(numbers.flatten().tolist()) for numbers in first.values()}) == len(keys)
     for key, numbers in first.items():
-        assert draw([noise_stream(5), noise_stream(*key)], (3,))[1:].equal(numbers)
+        assert draw_noise([noise_stream(5), noise_stream(*key)], (3,))[1:].equal(numbers)
 
 
 def test_a_stream_is_the_same_on_every_machine():
     """The first numbers of two streams: they stay, or pictures of old runs could not be continued."""
-    numbers = draw([noise_stream(0, 0), noise_stream(0, 1)], (3,))
+    numbers = draw_noise([noise_stream(0, 0), noise_stream(0, 1)], (3,))
     expected = [[-0.6100490093, 0.5933892131, -0.8884311318], [0.4542818666, -0.4073708653, 0.7411154509]]
     assert_close(numbers, torch.tensor(expected), rtol=0, atol=1e-6)
 
@@ -86,7 +86,7 @@ def test_no_two_of_many_streams_are_keyed_alike(monkeypatch):
 
 def test_the_draws_are_standard_normal_and_go_on():
     fifty = [noise_stream(0, k) for k in range(50)]
-    first, second = draw(fifty, (4, 8, 8)), draw(fifty, (4, 8, 8))
+    first, second = draw_noise(fifty, (4, 8, 8)), draw_noise(fifty, (4, 8, 8))
     assert first.shape == (50, 4, 8, 8) and first.dtype == torch.float32 and not first.equal(second)
     for numbers in (first, second, first * second):  # independent: the product has spread 1 too
         assert abs(numbers.mean()) < 0.03 and abs(numbers.std() - 1) < 0.03  # standard error of the mean 0.009
@@ -163,7 +163,7 @@ def test_the_official_stream_is_one_for_both_halves(dit):
 @torch.no_grad()
 def test_ddpm_draws_the_start_and_every_step_but_the_last(dit):
     ours = streams()
-    noises = [draw(ours, (4, 8, 8)) for _ in range(OPTIONS["steps"])]  # the start, and 5 steps
+    noises = [draw_noise(ours, (4, 8, 8)) for _ in range(OPTIONS["steps"])]  # the start, and 5 steps
     steps = iter([*noises[1:], None])
     expected = ancestral(lambda x, t, y: dit(x, t, y), noises[0], torch.tensor(LABELS), steps)
     ours = in_batches(dit, 7, cfg_scale=1)
@@ -173,13 +173,13 @@ def test_ddpm_draws_the_start_and_every_step_but_the_last(dit):
 @pytest.mark.parametrize("sampler, draws", [("ddpm", OPTIONS["steps"]), ("ddim", 1), ("dpm++", 1), ("unipc", 1)])
 def test_all_but_ddpm_draw_the_start_alone(sampler, draws, monkeypatch):
     calls = []
-    monkeypatch.setattr(sampling, "draw", lambda *arguments: calls.append(1) or draw(*arguments))
+    monkeypatch.setattr(samplers, "draw_noise", lambda *arguments: calls.append(1) or draw_noise(*arguments))
     in_batches(Rowwise(), 7, sampler=sampler)
     assert len(calls) == draws
 
 
 def test_ddim_is_the_diffusions(dit):
-    z = draw(streams(), (4, 8, 8))
+    z = draw_noise(streams(), (4, 8, 8))
     loop = create_diffusion(str(OPTIONS["steps"])).ddim_sample_loop
     expected = loop(dit, z.shape, z, clip_denoised=False, model_kwargs=dict(y=torch.tensor(LABELS)), eta=0.0)
     assert in_batches(dit, 7, sampler="ddim", cfg_scale=1).equal(expected)
@@ -207,7 +207,7 @@ def error(sampler, steps):
     """Of the solution of the probability flow (arXiv 2011.13456, eq. 13) to x_0, relative: it scales each channel."""
     z = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     solution = z * (SPREAD / variance(ALPHA_BARS[999])).sqrt()
-    found = walk(exact, lambda: z, sampler, steps)
+    found = run_sampler(exact, lambda: z, sampler, steps)
     return ((found - solution).norm() / solution.norm()).item()
 
 
@@ -254,7 +254,7 @@ def test_each_step_is_one_call_and_times_fall(sampler, steps):
         times.append(int(t[0]))
         return torch.zeros(2, 6, 4, 4)
 
-    out = walk(predict, lambda: torch.ones(2, 3, 4, 4), sampler, steps)
+    out = run_sampler(predict, lambda: torch.ones(2, 3, 4, 4), sampler, steps)
     assert out.shape == (2, 3, 4, 4) and out.isfinite().all()
     assert len(times) == steps and times == sorted(set(times), reverse=True) and set(times) <= set(range(1000))
 

@@ -6,7 +6,8 @@ import torch
 from helpers.tiny_files import CLASSES
 from helpers.tiny_models import refusal
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_weights
+from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
 from tools.figures import class_rows
 
@@ -63,7 +64,7 @@ def test_summary_has_the_purity_of_chance():
 
 def test_the_table_of_an_adapter_and_of_a_checkpoint(adapter, official, images, base, tmp_path):
     rows, tops, hierarchy = class_rows.table_of(adapter)
-    table = checkpoint.read(adapter)[0][checkpoint.TABLE]
+    table = read_weights(adapter)[0][TABLE]
     assert rows.equal(table[:5]) and tops.equal(table[5:]) and hierarchy.classes == tuple(NAMES)
     rows, tops, _ = class_rows.table_of(official, images)
     assert rows.shape[0] == 5 and tops.shape[0] == 2

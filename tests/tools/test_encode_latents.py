@@ -15,7 +15,8 @@ from PIL import Image
 from autoencoder import Autoencoder, load_autoencoder
 from benchmarks import loading as bench_loading
 from dataset import latents
-from dataset.images import ImageData, LatentData
+from dataset.images import ImageData
+from dataset.latents import LatentData
 from hierarchy import Hierarchy
 from tools import encode_latents as tool
 

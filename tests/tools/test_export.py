@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from autoencoder import load_autoencoder
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_weights, save_adapter
+from checkpoint.loading import build_model, load_adapted, load_weights
 from diffusion import create_diffusion, space_timesteps
 from finetune import METHODS
 from guidance import Guidance, guided
 from hierarchy import Hierarchy
 from models import DiT_models
-from sampling.samplers import to_uint8, walk
+from sampling.samplers import run_sampler, to_uint8
 from tools import export
 from tools.diffusers_pipeline.pipeline_finediffusion import FineDiffusionPipeline, respaced
 from tools.diffusers_pipeline.transformer_finediffusion import FineDiffusionTransformer
@@ -107,7 +108,7 @@ def test_folding_is_exact(method):
     """Norms everywhere and, for DiffFit, factors: a plain DiT gives the same numbers without them."""
     classes = Hierarchy([*"abcde"], ["x", "y"], PARENTS)
     sizes = {"model": "DiT-Ti/2", "latent_size": 8, "channels": 3}
-    model = checkpoint.build(sizes | {"hierarchy": classes, "embedder": "tiered", "method": method})
+    model = build_model(sizes | {"hierarchy": classes, "embedder": "tiered", "method": method})
     awake(model, std=0.06).eval()
     tensors = export.fold_norms(export.fold_gammas(model.state_dict()))
     x, t, y = inputs(model, [0, 3, 4, 5, 6])
@@ -128,13 +129,13 @@ def test_dit(suffix, superclass, row, run, adapter, tmp_path):
     assert {name: w.shape for name, w in tensors.items()} == {
         name: w.shape for name, w in random_dit(input_size=8, in_channels=3, num_classes=5).items()
     }
-    model, _ = checkpoint.load_adapted(adapter)
+    model, _ = load_adapted(adapter)
     x, t, y = inputs(model, [0, 1, 2, 3, 4, row])
     expected = model(x, t, y)
     assert relative(plain_dit(tensors, x, t, y.clamp(max=5), 4), expected) < 1e-5
     # and read by this project's own loader: a plain DiT, null row at the end
     plain = DiT_models["DiT-Ti/2"](input_size=8, in_channels=3, num_classes=5)
-    checkpoint.load(plain, checkpoint.read(out)[0], out)
+    load_weights(plain, read_weights(out)[0], out)
     assert relative(plain.eval()(x, t, y.clamp(max=5)), expected) < 1e-5
 
 
@@ -149,9 +150,9 @@ def test_finediffusion(run, adapter, tmp_path):
     assert set(record) == {"model", "ema", "opt", "args"}
     assert record["args"] == {"model": "DiT-Ti/2", "image_size": 8, "num_classes": 5, "num_super_classes": 2}
     assert kinds(record["ema"]) == kinds(OFFICIAL)
-    model, _ = checkpoint.load_adapted(adapter)
+    model, _ = load_adapted(adapter)
     again = DiT_models["DiT-Ti/2"](input_size=8, in_channels=3, num_classes=5, num_super_classes=2)
-    checkpoint.load(again, checkpoint.read(out)[0], out)
+    load_weights(again, read_weights(out)[0], out)
     x, t, y = inputs(model, range(7))
     assert again.eval()(x, t, y).equal(model(x, t, y))
 
@@ -185,7 +186,7 @@ def pipe(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(adapter):
-    return checkpoint.load_adapted(adapter)[0]
+    return load_adapted(adapter)[0]
 
 
 @torch.no_grad()
@@ -194,7 +195,7 @@ def sampled(model, labels, sampler="ddpm", steps=3, **guidance):
     streams = [generator(i) for i in range(len(labels))]
     shape = (model.in_channels, model.input_size, model.input_size)
     predict = guided(model, torch.tensor(labels), Guidance(**guidance), None)
-    return walk(predict, lambda: torch.stack([torch.randn(shape, generator=g) for g in streams]), sampler, steps)
+    return run_sampler(predict, lambda: torch.stack([torch.randn(shape, generator=g) for g in streams]), sampler, steps)
 
 
 ALONE = """
@@ -314,10 +315,10 @@ def latent_adapter(images, tmp_path_factory):
         "base": None,
         "step": 3,
     }
-    model = checkpoint.build(description)
+    model = build_model(description)
     averages = random_dit(4, affine=True, input_size=8, in_channels=4, num_classes=5)
     path = tmp_path_factory.mktemp("latent") / "adapter.safetensors"
-    checkpoint.save_adapter(
+    save_adapter(
         path, {name: w * 0.3 if ".norm" not in name else w for name, w in averages.items()}, model, description
     )
     return path
@@ -332,7 +333,7 @@ def latent_pipe(latent_adapter, command, tmp_path_factory):
 
 
 def test_pictures_of_an_autoencoder(latent_pipe, latent_adapter):
-    model, description = checkpoint.load_adapted(latent_adapter)
+    model, description = load_adapted(latent_adapter)
     autoencoder = load_autoencoder(description["vae"])
     expected = autoencoder.decode(sampled(model, [0, 4]))
     results = {}
@@ -350,7 +351,7 @@ def test_pictures_of_an_autoencoder(latent_pipe, latent_adapter):
 @torch.no_grad()
 def test_a_solver_gets_the_noise_alone(latent_pipe, latent_adapter, monkeypatch):
     """DPM-Solver++ on 4 channels, by a loop of its own; the config's learned variance would make it take 3."""
-    model, _ = checkpoint.load_adapted(latent_adapter)
+    model, _ = load_adapted(latent_adapter)
     monkeypatch.setattr(latent_pipe, "scheduler", DPMSolverMultistepScheduler.from_config(latent_pipe.scheduler.config))
     x = torch.randn(1, 4, 8, 8, generator=generator(0))
     options = dict(num_inference_steps=5, guidance_scale=2.0, output_type="latent")
@@ -420,7 +421,7 @@ def test_the_code_that_travels_stands_alone(name):
 
 
 def test_the_card_names_the_licence_of_the_base(adapter):
-    description = checkpoint.load_adapted(adapter)[1]
+    description = load_adapted(adapter)[1]
     text = export.card(description, "me/pets")
     assert "license: other" in text and "$" not in text and 'from_pretrained("me/pets"' in text
     description["base"] = {"path": "x/DiT-XL-2-256x256.pt", "sha256": "0"}
@@ -490,7 +491,7 @@ def test_a_checkpoint_without_a_description(command, official, images, tmp_path)
     for form, name in (("finediffusion", "again.pt"), ("diffusers", "folder")):
         result = command(export.main, "--ckpt", official, *flags, "--format", form, "--out", tmp_path / name)
         assert result.code == 0, result.err
-    before, after = (checkpoint.read(path)[0] for path in (official, tmp_path / "again.pt"))
+    before, after = (read_weights(path)[0] for path in (official, tmp_path / "again.pt"))
     assert same(before, after)
     config = json.loads((tmp_path / "folder/transformer/config.json").read_text())
     assert config["id2superclass"] == {"0": "cats", "1": "dogs"} and config["id2label"]["4"] == "pug_dog"

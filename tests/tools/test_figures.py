@@ -14,10 +14,11 @@ from helpers.tiny_models import described, refusal
 from PIL import Image
 
 import sample
-from checkpoint import loading as checkpoint
+from checkpoint.format import ADAPTER, read_weights, save_safetensors
+from checkpoint.loading import TABLE, build_model
 from finetune import METHODS, select
 from hierarchy import Hierarchy
-from runtime import cli as runtime
+from runtime.files import sha256
 from sampling.grid import caption
 from tools.figures import __main__ as figures
 from tools.figures import class_rows, gallery, plots, scores
@@ -83,7 +84,7 @@ def plane(monkeypatch):
 
 def test_tsne_shows_classes_superclass_rows_and_means(draw, adapter, plane, tmp_path):
     (points, groups, names, marks, text), _ = draw("tsne", "--ckpt", adapter, "--neighbours", 2, "--seed", 5)
-    table = checkpoint.read(adapter)[0][checkpoint.TABLE]
+    table = read_weights(adapter)[0][TABLE]
     assert plane == [(5 + 2 + 2, 30.0, 5)] and names == ["cats", "dogs"]
     assert points.equal(table[:5, :2]) and groups.tolist() == [0, 0, 1, 1, 1]
     means = torch.stack([table[:2].mean(0), table[2:5].mean(0)])[:, :2]
@@ -242,14 +243,14 @@ def runs(tmp_path):
         folder.mkdir(parents=True)
         rows, files[name] = [], []
         for step, fid in (fids or {100: 20.0, 200: 10.0}).items():
-            description = described(hierarchy, method, step=step, format=checkpoint.ADAPTER) | changes
+            description = described(hierarchy, method, step=step, format=ADAPTER) | changes
             adapter, file = (
                 folder / f"adapters/{step:07d}.safetensors",
                 tmp_path / f"evaluation/{name}-{step}/metrics.json",
             )
             tensors = {"x": torch.tensor([float(step), float(len(files))])}
-            checkpoint.save_safetensors(adapter, tensors, description)
-            sampling = SETTINGS | {"ckpt_sha256": runtime.sha256(adapter)} | dict(settings)
+            save_safetensors(adapter, tensors, description)
+            sampling = SETTINGS | {"ckpt_sha256": sha256(adapter)} | dict(settings)
             superclasses = {each: {"fid": fid + 1 + i} for i, each in enumerate(hierarchy.superclasses)}
             report = {
                 "overall": {"fid": fid, "kid": fid / 1000, "lpips": 0.5, "features": {"dino": {"fd": 3.0}}}
@@ -294,7 +295,7 @@ def test_an_evaluation_finds_its_run_step_and_price(runs):
     ]
     assert found[0].figure("features.dino.fd") == 3.0
     # DiT-Ti/2: norms alone make FineDiffusion's trained parameters more than BitFit's, but for the table's rows (5, 4)
-    model = checkpoint.build(found[0].description)
+    model = build_model(found[0].description)
     trained = sum(p.numel() for p in select(model, METHODS["finediffusion"]).values())
     assert found[0].figure("trained_params") == trained > found[2].figure("trained_params")
     # 50 steps at 2 a second, 50 at 1, and so on

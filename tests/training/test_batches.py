@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset.images import StepBatches
+from training.batches import StepBatches
 
 
 def test_an_epoch_is_a_permutation_less_the_incomplete_batch():

@@ -7,12 +7,13 @@ import torch
 from helpers.tiny_models import ROOT, tiny_dit
 
 import train
-from checkpoint import loading as checkpoint
+from checkpoint.format import save_adapter
+from checkpoint.loading import build_model
 from finetune import METHODS, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
 from training import memory
-from training import state as runs
+from training.state import DECISIVE_FLAGS, save_state
 
 SHARED = ROOT.parent / "shared/data/inat2021_categories.csv"
 
@@ -63,22 +64,22 @@ def test_frozen_matrices_keep_no_activations():
 def test_the_forecast_counts_what_is_kept():
     model = tiny_dit()
     trained = select(model, METHODS["bitfit"])
-    need = memory.forecast(model, trained, per_image=1000, per_pass=500, images=8)
+    need = memory.forecast_bytes(model, trained, per_image=1000, per_pass=500, images=8)
     assert need["weights"] == sum(t.numel() * 4 for t in model.parameters()) + model.y_embedder.parents.numel() * 8
     assert need["gradients, moments and averages"] == 16 * sum(p.numel() for p in trained.values())
     assert need["activations"] == 8500
-    half = memory.forecast(model.half(), trained, 1000, 500, 8, vae=torch.nn.Linear(10, 10))
+    half = memory.forecast_bytes(model.half(), trained, 1000, 500, 8, vae=torch.nn.Linear(10, 10))
     assert half["weights"] == (need["weights"] - 40) / 2 + 40 + 440
 
 
 def test_too_little_memory_names_the_flag():
     need = {"weights": 10 * memory.GIB, "activations": 32 * memory.GIB}
-    enough = memory.say(need, memory.GIB, 32, capacity=80 * memory.GIB)
+    enough = memory.describe(need, memory.GIB, 32, capacity=80 * memory.GIB)
     assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
-    little = memory.say(need, memory.GIB, 32, capacity=32 * memory.GIB)
+    little = memory.describe(need, memory.GIB, 32, capacity=32 * memory.GIB)
     assert "too much, pass --micro-batch 19 " in little  # 32 * 0.92 - 10 = 19.4
-    assert "--micro-batch" not in memory.say(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
-    assert " of " not in memory.say(need, memory.GIB, 32)
+    assert "--micro-batch" not in memory.describe(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
+    assert " of " not in memory.describe(need, memory.GIB, 32)
 
 
 def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def written(tmp_path_factory):
     if SHARED.is_file():
         rows = SHARED.read_text().splitlines()[1:]
         hierarchy = Hierarchy.from_class_names([row.split(",")[1] for row in rows])
-    flags = {name: None for name in runs.DECISIVE}
+    flags = {name: None for name in DECISIVE_FLAGS}
     description = {
         "model": "DiT-XL/2",
         "image_size": 256,
@@ -117,15 +118,15 @@ def written(tmp_path_factory):
     description |= {"method": "finediffusion", "embedder": "tiered", "hierarchy": hierarchy, "settings": flags}
     description |= {"base": {"path": "pretrained_models/DiT-XL-2-256x256.pt", "sha256": "0" * 64}, "data": "0" * 64}
     with torch.device("meta"):
-        model = checkpoint.build(description)
+        model = build_model(description)
     zeros = {name: torch.zeros(p.shape) for name, p in select(model, METHODS["finediffusion"]).items()}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        checkpoint.save_adapter(folder / name, zeros, model, description, dtype)
+        save_adapter(folder / name, zeros, model, description, dtype)
     parameters = {name: torch.nn.Parameter(zero.clone()) for name, zero in zeros.items()}
     optimizer = torch.optim.AdamW(parameters.values())
     optimizer.state = {p: {"step": torch.ones(()), "exp_avg": p + 0, "exp_avg_sq": p + 0} for p in parameters.values()}
     kept = {"terms": torch.zeros(100, 4, 256), "norms": torch.zeros(100)}
-    runs.save_state(folder / "state", parameters, zeros, optimizer, kept, description | {"scaler": None, "epoch": 0})
+    save_state(folder / "state", parameters, zeros, optimizer, kept, description | {"scaler": None, "epoch": 0})
     total = sum(p.numel() for p in model.parameters())
     return {path.name: path.stat().st_size for path in folder.iterdir()} | {"parameters": total}
 

@@ -9,8 +9,8 @@ from helpers.launch import launch, worst
 from helpers.tiny_runs import TINY
 
 import train
-from checkpoint import loading as checkpoint
-from training import logger as watching
+from checkpoint.format import read_weights
+from training import logger
 
 STEPS, EPOCH = 20, 5  # of 20 images in batches of 4: an epoch leaves none out
 
@@ -39,7 +39,7 @@ def record(folder):
     """Have each process add a line to `shown` at every step: step, rank and its images, of which pixels were read."""
 
     def prepare(rank):
-        add, steps = watching.Watch.add, itertools.count(1)
+        add, steps = logger.Watch.add, itertools.count(1)
 
         def added(watch, terms, norm, asked, shown):
             add(watch, terms, norm, asked, shown)
@@ -47,7 +47,7 @@ def record(folder):
             with open(folder / "shown", "a") as file:
                 file.write(json.dumps([watch.batches.start_step + next(steps), rank, names]) + "\n")
 
-        watching.Watch.add = added
+        logger.Watch.add = added
 
     return prepare
 
@@ -63,7 +63,7 @@ def state(folder, step, kind):
 
     The softmax does not see those: their gradient is a rounding error, which AdamW enlarges to a step.
     """
-    tensors = checkpoint.read(folder / f"states/{step:07d}.safetensors")[0]
+    tensors = read_weights(folder / f"states/{step:07d}.safetensors")[0]
     for name, tensor in tensors.items():
         if name.endswith("qkv.bias"):
             tensor.view(3, -1)[1] = 0

@@ -1,6 +1,7 @@
 """A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
 
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -16,10 +17,12 @@ from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
 from tensorboard.backend.event_processing import event_accumulator
 
 import train
-from checkpoint import loading as checkpoint
-from runtime import cli as runtime
-from training import logger as watching
-from training import state as runs
+from checkpoint.format import read_weights
+from runtime.device import resolve_precision
+from runtime.files import Lock
+from runtime.signals import Signals
+from training import logger
+from training.state import list_states
 
 FLAGS = [*SAVING, *"--preview-images 0 --max-steps 8".split()]
 
@@ -45,14 +48,14 @@ def unbroken(command, flags):
 
 def numbers(folder):
     """(weights, averages and moments by name, rows of metrics but for the times)."""
-    tensors, _ = checkpoint.read(runs.states_of(folder)[0])
+    tensors, _ = read_weights(list_states(folder)[0])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return tensors, [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
 
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called once, when the losses of `step` (from 1) have been added."""
-    add, calls = watching.Watch.add, []
+    add, calls = logger.Watch.add, []
 
     def added(watch, *arguments):
         add(watch, *arguments)
@@ -60,7 +63,7 @@ def at_step(monkeypatch, step, action):
         if len(calls) == step:
             action()
 
-    monkeypatch.setattr(watching.Watch, "add", added)
+    monkeypatch.setattr(logger.Watch, "add", added)
 
 
 # ---- asked to leave ------------------------------------------------------------------------------
@@ -72,12 +75,12 @@ def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monke
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), getattr(signal, number)))
         result = command(train.main, *flags(number))
-    for name in runtime.Signals.CODES:
+    for name in Signals.CODES:
         signal.signal(name, signal.SIG_DFL if name != signal.SIGINT else signal.default_int_handler)
     signal.signal(signal.SIGTERM, before)
     assert result.code == code and "the state of step 5 is saved, the same command goes on" in result.out
     folder = flags.root / number
-    assert [path.stem for path in runs.states_of(folder)] == ["0000005", "0000003"]
+    assert [path.stem for path in list_states(folder)] == ["0000005", "0000003"]
     assert command(train.main, *flags(number)).code == 0
     assert not differences(folder, outcome(unbroken))
 
@@ -95,7 +98,7 @@ def flip(path, position, bit=3):
 def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
     folder = flags.root / damage
     shutil.copytree(unbroken, folder)
-    newest = runs.states_of(folder)[0]
+    newest = list_states(folder)[0]
     size = newest.stat().st_size
     {
         "flip": lambda: flip(newest, size // 2),
@@ -112,7 +115,7 @@ def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
 def test_when_all_states_are_damaged(command, flags, unbroken):
     folder = flags.root / "hopeless"
     shutil.copytree(unbroken, folder)
-    for path in runs.states_of(folder):
+    for path in list_states(folder):
         os.truncate(path, 100)
     before = tree(folder)
     result = command(train.main, *flags("hopeless"))
@@ -120,9 +123,9 @@ def test_when_all_states_are_damaged(command, flags, unbroken):
 
 
 def test_the_newest_states_are_kept(unbroken, command, flags):
-    assert [path.stem for path in runs.states_of(unbroken)] == ["0000008", "0000006", "0000003"]
+    assert [path.stem for path in list_states(unbroken)] == ["0000008", "0000006", "0000003"]
     assert command(train.main, *flags("kept", "--ckpt-every", 1, "--keep-states", 2)).code == 0
-    assert [path.stem for path in runs.states_of(flags.root / "kept")] == ["0000008", "0000007"]
+    assert [path.stem for path in list_states(flags.root / "kept")] == ["0000008", "0000007"]
     assert len(list((flags.root / "kept/adapters").iterdir())) == 8
 
 
@@ -131,7 +134,7 @@ def test_an_older_state_begins_a_new_branch(unbroken, command, flags):
     shutil.copytree(unbroken, folder)
     more = ["--resume", folder / "states/0000003.safetensors", "--max-steps", 4, "--keep-states", 2]
     assert command(train.main, *flags("branch", *more)).code == 0
-    assert [path.stem for path in runs.states_of(folder)] == ["0000004", "0000003"]
+    assert [path.stem for path in list_states(folder)] == ["0000004", "0000003"]
     (folder / "adapters/0000004.safetensors").unlink()
     assert command(train.main, *flags("branch")).code == 0
     assert not differences(folder, outcome(unbroken))
@@ -203,8 +206,8 @@ def test_half_precision_follows_single(command, flags, unbroken):
 
 def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert runtime.compute_type("bf16", "cuda") == "fp16" and runtime.compute_type("bf16", "cpu") == "bf16"
-    assert runtime.compute_type("no", "cuda") == "no"
+    assert resolve_precision("bf16", "cuda") == "fp16" and resolve_precision("bf16", "cpu") == "bf16"
+    assert resolve_precision("no", "cuda") == "no"
 
 
 def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
@@ -222,17 +225,17 @@ def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
 
 def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
     for path in (tmp_path, tmp_path / "log.txt"):
-        held = runtime.Lock(path, "at work in", "--out")
+        held = Lock(path, "at work in", "--out")
         with refusal(f"Another process is at work in {tmp_path}, expected", "choose another --out"):
-            runtime.Lock(path, "at work in", "--out")
+            Lock(path, "at work in", "--out")
         held.close()
-        runtime.Lock(path, "at work in", "--out").close()
+        Lock(path, "at work in", "--out").close()
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_lock_that_cannot_be_made_is_one_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        runtime.Lock(tmp_path / "lost/log.txt", "at work in", "--out")
+        Lock(tmp_path / "lost/log.txt", "at work in", "--out")
     gc.collect()
 
 
@@ -240,6 +243,6 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runtime.fcntl, "flock", unsupported)
-    first, second = (runtime.Lock(tmp_path, "at work in", "--out") for _ in range(2))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    first, second = (Lock(tmp_path, "at work in", "--out") for _ in range(2))
     assert first.handle != second.handle

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import is_adapter, read_description
 from evaluation.image_sets import Folder
 from hierarchy import Hierarchy
-from runtime.cli import Parser, check_range, run_command, write_whole
+from runtime.cli import Parser, check_range, run_command
+from runtime.files import atomic_write
 from sampling.grid import caption
 from sampling.options import add_options, check_options
 from tools.figures import class_rows, gallery, plots, scores
@@ -94,9 +95,9 @@ def compare(args):
     """The same classes and noise under several adapters, real images first: Figure 5."""
     adapters = named(args.adapters, "--adapters")
     for path in adapters.values():
-        if not checkpoint.is_adapter(path):
+        if not is_adapter(path):
             raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
-    about = {name: checkpoint.description_of(path) for name, path in adapters.items()}
+    about = {name: read_description(path) for name, path in adapters.items()}
     first = next(iter(about.values()))
     hierarchy, size = first["hierarchy"], max(each["image_size"] for each in about.values())
     labels = chosen(args, hierarchy)
@@ -151,7 +152,7 @@ def tsne(args):
     )
     marks = dict(zip(("mean of the class rows", "superclass row"), points[1:]))
     figure = plots.embedding(points[0], groups, names, marks, text)
-    write_whole(f"{args.out}.json", lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
+    atomic_write(f"{args.out}.json", lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
     print(text.replace("\n", "; "))
     return figure
 
@@ -197,7 +198,7 @@ def tables(args):
     """The paper's Tables 1 to 4, its figures beside ours, in Markdown."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     text = scores.paper_tables(paper, scores.match(named(args.runs, "--runs"), args.metrics))
-    write_whole(f"{args.out}.md", lambda part: part.write_text(text, encoding="utf-8"))
+    atomic_write(f"{args.out}.md", lambda part: part.write_text(text, encoding="utf-8"))
     print(text)
 
 

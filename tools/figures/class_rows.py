@@ -6,18 +6,20 @@ Shapes: N rows (N, D), groups int64 (N,) with values 0..S-1, the superclasses.
 
 import torch
 
-from checkpoint import loading as checkpoint
+from checkpoint.download import find_weights
+from checkpoint.format import read_weights
+from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
 
 
 def table_of(path, spec=None):
     """(class rows (N, D), superclass rows (S, D) or None, hierarchy) of an adapter, or of a checkpoint with the hierarchy
     `spec`; float32."""
-    tensors, description = checkpoint.read(checkpoint.find(path))
+    tensors, description = read_weights(find_weights(path))
     hierarchy = Hierarchy.load(spec) if spec else description.get("hierarchy")
     if hierarchy is None:
         raise ValueError(f"{path} does not know the superclasses of its classes: pass --hierarchy, such as inat2021.")
-    rows = tensors.get(checkpoint.TABLE)
+    rows = tensors.get(TABLE)
     n, s = hierarchy.num_classes, hierarchy.num_super_classes
     if rows is None or len(rows) - n not in (1, s, s + 1):  # a null row, superclass rows, or both
         found = "no class table" if rows is None else f"a class table of {len(rows)} rows"

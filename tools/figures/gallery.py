@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from dataset.images import center_crop
 from evaluation.image_sets import Folder
-from runtime.cli import check_gpu, few
+from runtime.cli import shorten
+from runtime.device import check_gpu
 from sampling.grid import caption
-from sampling.options import guidance_of, load_model
+from sampling.load import build_guidance, load_model
 from sampling.samplers import sample_keyed, to_uint8
 
 
@@ -28,7 +29,7 @@ def opened(args, path):
         model=model,
         description=description,
         autoencoder=autoencoder,
-        guidance=guidance_of(args, model, description),
+        guidance=build_guidance(args, model, description),
     )
 
 
@@ -54,7 +55,7 @@ def first_images(folder, hierarchy, labels, size=None):
     missing = [hierarchy.classes[label] for label in labels if label not in first]
     if missing:
         raise ValueError(
-            f"{folder.path} has no image of {few(missing)}, expected one of each class: add some, or choose other --classes."
+            f"{folder.path} has no image of {shorten(missing)}, expected one of each class: add some, or choose other --classes."
         )
     images = [folder.open(first[label]) for label in labels]
     return [np.asarray(center_crop(image, size) if size else image) for image in images]

@@ -17,8 +17,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from runtime.cli import write_whole
-from sampling.grid import fitted
+from runtime.files import atomic_write
+from sampling.grid import ellipsize
 
 COLUMN, PAGE = 3.4, 7.0
 DPI = 300
@@ -68,7 +68,7 @@ def save(figure, stem):
         for image in figure.findobj(AxesImage):
             image.set_interpolation(smooth)
         form = path.suffix[1:]
-        write_whole(path, lambda part: figure.savefig(part, dpi=DPI, format=form, metadata=metadata))  # noqa: B023
+        atomic_write(path, lambda part: figure.savefig(part, dpi=DPI, format=form, metadata=metadata))  # noqa: B023
     return paths
 
 
@@ -96,7 +96,7 @@ def wrapped(text, font, width, most=2):
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
         count = len(words) if len(lines) == most - 1 else count
-        lines.append(fitted(" ".join(words[:count]), font, width))
+        lines.append(ellipsize(" ".join(words[:count]), font, width))
         words = words[count:]
     return "\n".join(lines)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import loading as checkpoint
+from checkpoint.format import read_description
+from checkpoint.loading import build_model
 from evaluation.reports import flat
 from finetune import METHODS, select
 from hierarchy import Hierarchy
-from runtime.cli import few, sha256
+from runtime.cli import shorten
+from runtime.files import sha256
 
 FORMATS = {  # key of a figure: its name, how it is written, which way is better
     "fid": ("FID", "{:.3f}", "lower"),
@@ -105,7 +107,7 @@ def pace(folder, step):
 def price(description):
     """How many parameters the method of a description trains, and their share in per cent."""
     with torch.device("meta"):
-        model = checkpoint.build(description)
+        model = build_model(description)
     trained = sum(p.numel() for p in select(model, METHODS[description["method"]]).values())
     total = sum(p.numel() for p in model.parameters())
     return {"trained_params": trained, "trained_percent": 100 * trained / total}
@@ -133,11 +135,11 @@ def match(runs, paths):
     for path, digest in digests.items():
         if digest not in adapters:
             raise ValueError(
-                f"{path} is of images of an adapter with the SHA-256 {digest[:12]}…, expected one in {few(runs.values())}: "
+                f"{path} is of images of an adapter with the SHA-256 {digest[:12]}…, expected one in {shorten(runs.values())}: "
                 "name its run too."
             )
         name, adapter = adapters[digest]
-        description = checkpoint.description_of(adapter)
+        description = read_description(adapter)
         figures = flat(reports[path]["overall"]) | price(description) | pace(runs[name], description["step"])
         scores.append(Score(name, path, reports[path], description, figures))
     order = list(runs)

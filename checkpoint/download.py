@@ -1,0 +1,60 @@
+"""Find weights by name; download DiT's two checkpoints."""
+
+import http.client
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.files import atomic_write, sha256
+
+DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
+DIT_FILES = {  # name: SHA-256, None where none is known
+    "DiT-XL-2-256x256.pt": "9ec1876e4c03471bca126663a30e2d1b20610b6d2f87850a39a36f25cc685521",
+    "DiT-XL-2-512x512.pt": None,
+}
+DIT_FOLDER = Path("pretrained_models")
+
+
+def find_weights(name):
+    """Path of the file `name`; DiT's own two are downloaded to `pretrained_models/` when absent."""
+    path = Path(name)
+    if path.is_file() or path.name not in DIT_FILES:
+        return path
+    path = DIT_FOLDER / path.name
+    if not path.is_file():
+        atomic_write(path, lambda part: download_file(DIT_URL + path.name, part, DIT_FILES[path.name]))
+    return path
+
+
+def find_starting_weights(resume, model, image_size):
+    """Path of the weights that a new run of `model` starts from: --resume, else DiT's own; None for "none"."""
+    if resume == "none":
+        return None
+    default = f"DiT-XL-2-{image_size}x{image_size}.pt"
+    if resume is None and (model != "DiT-XL/2" or default not in DIT_FILES):
+        raise ValueError(
+            f"There is no published {model} of {image_size} pixels to start from: pass --resume FILE, or "
+            "--resume none to start from random weights."
+        )
+    return find_weights(resume or default)
+
+
+def download_file(url, path, known=None):
+    """Fetch a file; ValueError where it does not come whole, over https to the end, or with the SHA-256 that is `known`."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as file:
+            if reply.url.split(":")[0] != url.split(":")[0]:
+                raise OSError(f"it was moved to {reply.url}")
+            size = int(reply.headers["Content-Length"] or 0)
+            with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if not 0 < size == path.stat().st_size:
+            raise OSError(f"it ended after {path.stat().st_size} of {size or 'an unknown number of'} bytes")
+        if known and sha256(path) != known:
+            raise OSError(f"its SHA-256 is {sha256(path)[:12]}…, expected {known[:12]}…")
+    except (OSError, http.client.HTTPException) as error:  # OSError: urllib's errors too
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path.") from None

@@ -1,0 +1,170 @@
+"""Load the model that the flags of a sampling command name, and its guidance."""
+
+import torch
+
+from autoencoder import load_autoencoder
+from checkpoint.download import find_weights
+from checkpoint.format import is_adapter, read_weights
+from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weights, load_weights
+from finetune import kind_of
+from guidance import Guidance, check_guidance
+from hierarchy import Hierarchy
+from hierarchy.hierarchy import check_counts
+
+PAPER_DEFAULTS = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
+DIT_DEFAULTS = {"num_classes": 1000, "num_super_classes": 1}  # DiT's own checkpoint
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def infer_hierarchy(num_classes, num_super_classes):
+    """The hierarchy that a checkpoint's counts stand for: none below a null class, or iNaturalist's."""
+    if num_super_classes == 1:
+        name, parents = f"a plain DiT with {num_classes} classes", [0] * num_classes
+        return Hierarchy.from_dict({"name": name, "superclasses": ["null"], "parents": parents})
+    if (num_classes, num_super_classes) == (PAPER_DEFAULTS["num_classes"], PAPER_DEFAULTS["num_super_classes"]):
+        return Hierarchy.load("inat2021")
+    raise ValueError(
+        f"Nothing says which of {num_super_classes} superclasses the {num_classes} classes have: pass --hierarchy, a .json file "
+        "or the image folder."
+    )
+
+
+def load_checkpoint_model(args, device):
+    """(model, description, autoencoder) of a DiT's or FineDiffusion's checkpoint, by the flags and the paper's defaults."""
+    defaults = PAPER_DEFAULTS | ({} if args.ckpt else DIT_DEFAULTS)
+    flags = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in defaults.items()}
+    if args.hierarchy:
+        hierarchy = Hierarchy.load(args.hierarchy)
+        check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    else:
+        hierarchy = infer_hierarchy(flags["num_classes"], flags["num_super_classes"])
+    path = find_weights(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
+    tensors, _ = load_full_weights(path)
+    autoencoder = load_autoencoder(flags["vae"], device)
+    description = {
+        "model": flags["model"],
+        "image_size": flags["image_size"],
+        "latent_size": autoencoder.latent_size(flags["image_size"]),
+        "channels": autoencoder.channels,
+        "vae": flags["vae"],
+        "method": "finediffusion",
+        "embedder": "null" if hierarchy.num_super_classes == 1 else "tiered",
+        "null_row": False,
+        "hierarchy": hierarchy,
+        "base": None,
+        "step": 0,
+        "file": path,
+    }
+    model = build_model(description)
+    load_weights(model, tensors, path)
+    return model.eval(), description, autoencoder
+
+
+def load_model(args, device):
+    """(model on `device`, description, autoencoder) of --ckpt, an adapter or a checkpoint; "file" is where it was read."""
+    if is_adapter(args.ckpt):
+        model, description, autoencoder = load_adapter_model(args, device)
+    else:
+        model, description, autoencoder = load_checkpoint_model(args, device)
+    return model.to(device).requires_grad_(False), description, autoencoder
+
+
+def load_adapter_model(args, device):
+    model, description = load_adapted(args.ckpt, args.base)
+    for key in ("model", "image_size"):
+        given = getattr(args, key)
+        if given not in (None, description[key]):
+            raise ValueError(
+                f"--{key.replace('_', '-')} is {given}, but {args.ckpt} was trained with {description[key]}: drop the flag."
+            )
+    check_counts(description["hierarchy"], args.num_classes, args.num_super_classes)
+    if args.hierarchy:
+        description["hierarchy"] = same_hierarchy(Hierarchy.load(args.hierarchy), description["hierarchy"])
+    description["vae"] = args.vae or description["vae"]
+    autoencoder = load_autoencoder(description["vae"], device)
+    found = autoencoder.latent_size(description["image_size"]), autoencoder.channels
+    if found != (description["latent_size"], description["channels"]):
+        raise ValueError(
+            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
+            f"{found[1]} x {found[0]}^2: pass the --vae it was trained with."
+        )
+    return model, description | {"file": args.ckpt}, autoencoder
+
+
+def same_hierarchy(given, own):
+    """`given`, which may bring names, if its map of superclasses is the adapter's `own`."""
+    if not given.parents.equal(own.parents):
+        raise ValueError(f"--hierarchy is {given!r}, but the adapter was trained on {own!r}: drop the flag.")
+    return given
+
+
+# ---- its guidance ---------------------------------------------------------------------------------------------------
+
+
+def build_guidance(args, model, description):
+    """The `Guidance` that the flags ask for, with the other weights it needs beside the model's."""
+    others = {"autoguidance": weak_weights, "domain": untrained_weights}
+    other = others[args.guidance](args, description) if args.guidance in others else {}
+    parameters = {name: model.get_parameter(name) for name in other}
+    guidance = Guidance(
+        args.guidance,
+        args.cfg_scale,
+        1.0 if args.cfg_scale_parent is None else args.cfg_scale_parent,
+        tuple(args.guidance_interval),
+        "all" if args.cfg_channels == "all" else 3,
+        {name: other[name].to(parameter.device, parameter.dtype) for name, parameter in parameters.items()},
+    )
+    check_guidance(guidance, model.y_embedder)
+    return guidance
+
+
+def read_own_adapter(args):
+    """({name: tensor}, description) of --ckpt, the trained parameters alone."""
+    if not is_adapter(args.ckpt):
+        raise ValueError(
+            f"--guidance {args.guidance} swaps what a fine-tune has trained, but --ckpt is {args.ckpt}: expected an adapter."
+        )
+    return read_weights(args.ckpt)
+
+
+def weak_weights(args, description):
+    """What --weak has in place of the adapter's tensors: {name: tensor}."""
+    tensors, own = read_own_adapter(args)
+    if not is_adapter(args.weak):
+        raise ValueError(f"--weak is {args.weak}, expected an earlier adapter of the same run: name that.")
+    others, weak = read_weights(args.weak)
+    bases = [(about["base"] or {}).get("sha256") for about in (own, weak)]
+    same = bases[0] == bases[1] and all(own[key] == weak[key] for key in ("model", "image_size", "method", "hierarchy"))
+    if not same or {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in others.items()}:
+        raise ValueError(
+            f"--weak {args.weak} is of another base, model or method than {args.ckpt}: expected an earlier adapter of the "
+            "same run."
+        )
+    return others
+
+
+def untrained_weights(args, description):
+    """What the adapter's base has in place of the adapter's tensors, and of its table the null row alone.
+
+    Norms and DiffFit's factors that the base lacks are what they are before a fine-tune: 1, and 0 for a norm's bias.
+    """
+    tensors, own = read_own_adapter(args)
+    path = own["base"] and find_weights(args.base or own["base"]["path"])
+    base, about = load_full_weights(path) if path else ({}, {})
+    plain = about.get("embedder") == "null" or about.get("null_row")
+    if not about:
+        plain = base and not any(kind_of(name) == "norm" for name in base)
+    if not plain:
+        raise ValueError(
+            f"--guidance domain needs the null row of a plain DiT, but {args.ckpt} was not fine-tuned from one: choose another "
+            "guidance."
+        )
+    start = {
+        name: torch.zeros_like(t) if name.endswith(".bias") else torch.ones_like(t)
+        for name, t in tensors.items()
+        if kind_of(name) in ("norm", "gamma")
+    }
+    other = start | {name: base[name] for name in tensors if name in base}
+    return other | {TABLE: base[TABLE][-1:]}
