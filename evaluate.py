@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from evaluation import features
 from evaluation.comparison import FEW_IMAGES, NEIGHBOURS, MeasuredSet, Saved, metrics_of, overall_metrics
@@ -25,9 +24,9 @@ from evaluation.measure import SAMPLE, Networks, float64_device, make_plan, mome
 from evaluation.metrics import KID_SUBSETS
 from evaluation.npz_sets import Statistics, save_adm, save_statistics
 from evaluation.reports import text_table, write_report
-from runtime.cli import Parser, check_range, run_command, shorten
-from runtime.device import check_gpu
-from runtime.processes import attempt_store, keep_process_group
+from runtime.cli import Parser, check_range, run_command
+from runtime.processes import keep_process_group, start_processes
+from runtime.text import shorten
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -258,10 +257,8 @@ def print_times(sides):
 
 def evaluate(args):
     check_settings(args)
-    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store())
+    state = start_processes()
     device = state.device
-    check_gpu(device)
     torch.backends.cudnn.allow_tf32 = False  # features are the same on every GPU but for rounding
     sets = [open_set(path, args.trust_stats) for path in (args.real, args.fake) if path]
     hierarchy = choose_hierarchy(args.hierarchy, sets)

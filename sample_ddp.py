@@ -22,15 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from finetune import store_frozen
 from hierarchy.layouts import folder_names
 from runtime.cli import Parser, check_range, run_command
-from runtime.device import DTYPES, PRECISIONS, check_gpu, resolve_precision
+from runtime.device import DTYPES, PRECISIONS, resolve_precision
 from runtime.files import sha256
-from runtime.processes import attempt_store, keep_process_group, run_on_main
+from runtime.processes import keep_process_group, run_on_main, start_processes
 from sampling.load import build_guidance, load_model
 from sampling.options import add_options, check_options
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
@@ -161,10 +160,8 @@ def generate_missing(store, args, generate, batch_size, rank, world):
 
 
 def sample(args):
-    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), timeout=timedelta(days=7))
+    state = start_processes(timeout=timedelta(days=7))
     device, rank, world = state.device, state.process_index, state.num_processes
-    check_gpu(device)
     if world > args.num_fid_samples:
         raise ValueError(
             f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "

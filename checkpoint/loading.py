@@ -14,8 +14,8 @@ from checkpoint.download import find_weights
 from checkpoint.format import STATE, is_adapter, read_weights
 from finetune import METHODS, add_gammas, kind_of
 from models import DiT_models
-from runtime.cli import shorten
 from runtime.files import sha256
+from runtime.text import shorten
 
 TABLE = "y_embedder.embedding_table.weight"
 

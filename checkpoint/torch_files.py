@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.cli import shorten
+from runtime.text import shorten
 
 RETRY_HINT = "download it again, or name another file"
 LEGACY_PICKLES = (

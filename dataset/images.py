@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from hierarchy import Hierarchy
 from hierarchy.layouts import list_files, sorted_as_text
-from runtime.cli import shorten
+from runtime.text import shorten
 
 
 def list_images(root: str | os.PathLike, hierarchy: Hierarchy) -> tuple[list[str], torch.Tensor]:

@@ -17,7 +17,7 @@ from dataset.images import UnreadableImage, center_crop, list_images, to_rgb
 from evaluation.npz_sets import Arrays, Statistics, npz_members
 from hierarchy import Hierarchy, layouts
 from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible_entries
-from runtime.cli import shorten
+from runtime.text import shorten
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from evaluation.metrics import Gaussian
 from hierarchy import Hierarchy
-from runtime.cli import shorten
 from runtime.files import atomic_write
+from runtime.text import shorten
 
 STATISTICS_FORMAT = "finediffusion-statistics-1"
 MOST_BYTES = 2**32  # that are read into memory

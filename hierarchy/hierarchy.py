@@ -36,7 +36,7 @@ from hierarchy.layouts import (
     subfolders,
     vegfru_prefixes,
 )
-from runtime.cli import shorten
+from runtime.text import shorten
 
 BUILT_IN = Path(__file__).resolve().parent
 MOST_CLASSES = 1 << 20

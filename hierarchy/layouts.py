@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.cli import shorten
+from runtime.text import shorten
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
 INAT_RANKS = ("number", "kingdom", "phylum", "class", "order", "family", "genus", "epithet")

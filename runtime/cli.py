@@ -1,16 +1,14 @@
-"""Plumbing that every script shares: a user's mistake as one sentence, files that appear whole, signals, the device."""
+"""The command line: parsers with examples, and a user's mistake as one sentence."""
 
 import argparse
 import errno
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from runtime.files import UMASK
 
-
-def run_command(main):
-    """Call `main()`; a ValueError or an unusable path, the user's mistake, becomes one line on stderr and exit code 2."""
+def run_command(main: Callable[[], object]) -> object:
+    """Call `main()`; print a ValueError or an unusable path, the user's mistake, as one line and exit with code 2."""
     try:
         return main()
     except ValueError as error:
@@ -19,40 +17,45 @@ def run_command(main):
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         text = f"{error.filename or 'The disk'} cannot be used ({error.strerror}): check it or choose another path."
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # a file may have put anything in it
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # it may quote any bytes of a file
     print(f"{program_name()}: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def program_name():
-    """The name of the running command: train.py, or figures.py for tools/figures/__main__.py."""
+def program_name() -> str:
+    """Return the name of the running command: train.py, or figures.py for tools/figures/__main__.py."""
     path = Path(sys.argv[0])
     return path.name if path.name != "__main__.py" else f"{path.parent.name}.py"
 
 
-def shorten(names, show=repr, most=3):
-    """'a', 'b', 'c' and 7 more"""
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(show, names[:most])) + rest
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show the default of every flag that has one, and keep the line breaks of the examples."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """One to whom a flag that is unknown or no number is a user's mistake like others: one line, without the usage."""
+    """An ArgumentParser that raises ValueError for an unknown or malformed flag.
 
-    def __init__(self, **options):
-        super().__init__(**{"prog": program_name()} | options)
+    examples: command lines for the end of --help, one a line.
+    """
 
-    def error(self, message):
-        raise ValueError(f"{message}, expected as --help says: change it.")
+    def __init__(self, *, examples: str = "", **options):
+        lines = [line.strip() for line in examples.strip().splitlines()]
+        epilog = "\n  ".join(["examples:", *lines]) if lines else None
+        defaults = {"prog": program_name(), "formatter_class": HelpFormatter, "epilog": epilog}
+        super().__init__(**defaults | options)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help).")
 
 
-def check_range(args, **ranges):
-    """ValueError where a flag, by its name in `args`, is outside its (low, high); a flag that was not given is not."""
+def check_range(args: argparse.Namespace, **ranges: tuple[float, float]):
+    """Raise ValueError if a flag, named as in `args`, is outside its (low, high); None passes."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}: change it.")
-
-
-os.umask(UMASK)
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}.")

@@ -41,6 +41,7 @@ def path_in_errors(path):
 
 
 UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def fsync(path):

@@ -1,8 +1,12 @@
 """Helpers for several processes under torchrun or accelerate."""
 
 import os
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
+
+from runtime.device import check_gpu
 
 
 def run_on_main(accelerator, action, *arguments):
@@ -32,6 +36,18 @@ def attempt_store():
     store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
     store = torch.distributed.PrefixStore(f"attempt{env['TORCHELASTIC_RESTART_COUNT']}", store)
     return dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+
+
+def start_processes(timeout: timedelta | None = None) -> PartialState:
+    """Join the processes of torchrun or accelerate, or start alone, and check that torch serves the GPU.
+
+    timeout: how long a collective may wait; the backend's default if None.
+    """
+    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
+    options = {} if timeout is None else {"timeout": timeout}
+    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), **options)
+    check_gpu(state.device)
+    return state
 
 
 KEPT_GROUPS = []  # of processes, see keep_group

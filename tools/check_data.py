@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from dataset.images import ImageData, to_rgb
 from hierarchy import Hierarchy
-from runtime.cli import Parser, run_command, shorten
+from runtime.cli import Parser, run_command
 from runtime.files import atomic_write, sha256
+from runtime.text import shorten
 
 UNREADABLE = {  # finding: what a training makes of such an image
     "unreadable": "no image, or damaged: the next of its class is shown",

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,10 +27,11 @@ from autoencoder import load_autoencoder
 from dataset import latents
 from dataset.images import ImageData
 from hierarchy import Hierarchy
-from runtime.cli import Parser, run_command, shorten
-from runtime.device import DTYPES, PRECISIONS, check_gpu, resolve_precision
+from runtime.cli import Parser, run_command
+from runtime.device import DTYPES, PRECISIONS, resolve_precision
 from runtime.files import Lock, path_in_errors
-from runtime.processes import attempt_store, run_on_main
+from runtime.processes import run_on_main, start_processes
+from runtime.text import shorten
 
 CHUNK = 512  # images that are lost at most, and shared out as one
 
@@ -164,9 +164,7 @@ def main(argv=None):
     add("--num-workers", type=int, default=4)
     args = parser.parse_args(argv)
 
-    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
-    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store())
-    check_gpu(state.device)
+    state = start_processes()
     if args.hierarchy:
         hierarchy = Hierarchy.load(args.hierarchy)
     else:

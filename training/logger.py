@@ -14,9 +14,9 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from runtime.cli import shorten
 from runtime.files import append_text, atomic_write
 from runtime.processes import run_on_main
+from runtime.text import shorten
 from training.step import NUM_TIMESTEPS
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # --report-to: the package that has it

@@ -19,7 +19,7 @@ from checkpoint.format import read_weights
 from dataset.images import ImageData
 from dataset.latents import NPY_HEADER, chunk_hash, item_bytes, read_sealed, write_sealed
 from hierarchy import Hierarchy
-from runtime.cli import shorten
+from runtime.text import shorten
 from tools import encode_latents
 from training.batches import StepBatches
 from training.state import list_states

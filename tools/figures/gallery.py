@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dataset.images import center_crop
 from evaluation.image_sets import Folder
-from runtime.cli import shorten
 from runtime.device import check_gpu
+from runtime.text import shorten
 from sampling.grid import caption
 from sampling.load import build_guidance, load_model
 from sampling.samplers import sample_keyed, to_uint8

@@ -11,8 +11,8 @@ from checkpoint.loading import build_model
 from evaluation.reports import flat
 from finetune import METHODS, select
 from hierarchy import Hierarchy
-from runtime.cli import shorten
 from runtime.files import sha256
+from runtime.text import shorten
 
 FORMATS = {  # key of a figure: its name, how it is written, which way is better
     "fid": ("FID", "{:.3f}", "lower"),

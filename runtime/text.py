@@ -1,0 +1,25 @@
+"""Short texts for messages and tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+
+def shorten(names: Iterable, show: Callable[[object], str] = repr, most: int = 3) -> str:
+    """Return the first `most` names as text: 'a', 'b', 'c' and 7 more."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(show, names[:most])) + rest
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Return an exception's message as one line of at most `most` characters without a full stop, or else its type's name."""
+    return " ".join(str(error).split())[:most].rstrip(". ") or type(error).__name__
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence], align: str = "") -> list[str]:
+    """Return the lines of a Markdown table.
+
+    align: "l" or "r" for each column; left for the columns it lacks.
+    """
+    marks = ["---:" if mark == "r" else "---" for mark in align.ljust(len(header), "l")]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return [lines[0], f"|{'|'.join(marks)}|", *lines[1:]]
