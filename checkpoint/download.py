@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.files import atomic_write, sha256
+from runtime.text import one_line
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 DIT_FILES = {  # name: SHA-256, None where none is known
@@ -40,10 +41,17 @@ def find_starting_weights(resume, model, image_size):
     return find_weights(resume or default)
 
 
-def download_file(url, path, known=None):
-    """Fetch a file; ValueError where it does not come whole, over https to the end, or with the SHA-256 that is `known`."""
+def download_file(url: str, path: Path, known: str | None = None, advice: str = "fetch it elsewhere and pass its path"):
+    """Download a file over https (or http, for an http url) with a progress bar; call it through `atomic_write`.
+
+    known: the file's SHA-256 in hex, or its first digits
+    advice: end of the error message
+
+    Raises ValueError if the server fails, redirects to another scheme, or sends an incomplete file or another SHA-256.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "FineDiffusion"})  # some servers refuse urllib's own
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as file:
+        with urllib.request.urlopen(request, timeout=60) as reply, open(path, "wb") as file:
             if reply.url.split(":")[0] != url.split(":")[0]:
                 raise OSError(f"it was moved to {reply.url}")
             size = int(reply.headers["Content-Length"] or 0)
@@ -53,8 +61,7 @@ def download_file(url, path, known=None):
                     bar.update(len(block))
         if not 0 < size == path.stat().st_size:
             raise OSError(f"it ended after {path.stat().st_size} of {size or 'an unknown number of'} bytes")
-        if known and sha256(path) != known:
+        if known and not sha256(path).startswith(known):
             raise OSError(f"its SHA-256 is {sha256(path)[:12]}…, expected {known[:12]}…")
     except (OSError, http.client.HTTPException) as error:  # OSError: urllib's errors too
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{url} could not be downloaded ({reason}): fetch it elsewhere and pass its path.") from None
+        raise ValueError(f"{url} could not be downloaded ({one_line(error)}): {advice}.") from None
