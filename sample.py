@@ -74,8 +74,8 @@ def sample(args):
     model, description, autoencoder = load_model(args, device)
     if args.compile:
         model.compile_blocks()
-    guidance = build_guidance(args, model, description)
-    hierarchy = description["hierarchy"]
+    guidance = build_guidance(args, model)
+    hierarchy = description.hierarchy
     labels = select_labels(args, hierarchy)
 
     # one batch of the official stream is one class: the official code sets its seed anew for each

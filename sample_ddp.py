@@ -102,11 +102,11 @@ def collect_settings(args, description, autoencoder):
     for name, tensor in autoencoder.vae.state_dict().items() if autoencoder.vae else ():
         weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
-        "model": description["model"],
-        "image_size": description["image_size"],
-        "ckpt_sha256": sha256(description["file"]),
-        "base_sha256": (description["base"] or {}).get("sha256"),
-        "hierarchy": description["hierarchy"].digest(),
+        "model": description.model,
+        "image_size": description.image_size,
+        "ckpt_sha256": sha256(description.file),
+        "base_sha256": description.base and description.base.sha256,
+        "hierarchy": description.hierarchy.digest(),
         "vae_sha256": weights.hexdigest(),
         "guidance": args.guidance,
         "weak_sha256": args.weak and sha256(args.weak),
@@ -130,8 +130,8 @@ def run_name(args, description):
     """Such as DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, and what is not the default."""
     path = Path(args.ckpt or "pretrained")
     run = [path.parent.parent.name] if path.parent.name == "adapters" else []
-    name = "-".join([description["model"].replace("/", "-"), *run, path.stem])
-    name += f"-size-{description['image_size']}-vae-{Path(description['vae']).name}-cfg-{args.cfg_scale}"
+    name = "-".join([description.model.replace("/", "-"), *run, path.stem])
+    name += f"-size-{description.image_size}-vae-{Path(description.vae).name}-cfg-{args.cfg_scale}"
     name += f"-steps-{args.num_sampling_steps}-seed-{args.global_seed}"
     extra = [args.guidance] * (args.guidance != "superclass") + [args.sampler] * (args.sampler != "ddpm")
     return "-".join([name, *extra])
@@ -178,15 +178,15 @@ def sample(args):
         store_frozen(model, half)
     if args.compile:
         model.compile_blocks()
-    guidance = build_guidance(args, model, description)
+    guidance = build_guidance(args, model)
 
-    hierarchy, count = description["hierarchy"], args.num_fid_samples
+    hierarchy, count = description.hierarchy, args.num_fid_samples
     if args.labels == "balanced":
         labels = balanced_labels(count, hierarchy.num_classes)
     else:
         labels = random_labels(count, hierarchy.num_classes, args.global_seed)
     folder = Path(args.sample_dir, args.name or run_name(args, description))
-    store = Store(folder, labels, folder_names(hierarchy.classes), description["image_size"], args.format)
+    store = Store(folder, labels, folder_names(hierarchy.classes), description.image_size, args.format)
 
     def generate(numbers):
         keys = [(args.global_seed, k) for k in numbers]

@@ -51,7 +51,7 @@ SPACINGS = {  # from 999 down; diffusers' two do not reach 0
 def problem(path, images, scale):
     """(predict, start) of `images` classes, evenly spread, at a guidance scale."""
     model, description = load_adapted(path)
-    labels = torch.linspace(0, description["hierarchy"].num_classes - 1, images).long()
+    labels = torch.linspace(0, description.hierarchy.num_classes - 1, images).long()
     keys = [(0, k) for k in range(images)]
     shape = model.in_channels, model.input_size, model.input_size
     predict = guided(model, labels, Guidance(scale=scale), keys)

@@ -2,33 +2,21 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from checkpoint.description import ADAPTER, ModelDescription
 from checkpoint.torch_files import RETRY_HINT, check_file, check_finite, read_tensors
-from finetune import METHODS
 from hierarchy import Hierarchy, archive
-from models import DiT_models
 from runtime.files import atomic_write
+from runtime.text import one_line
 
-ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
 PACKED = "hierarchy"  # the tensor of bytes with the hierarchy
 LONGEST_TEXT = 1 << 20  # characters of a description
-FIELDS = {  # of a description: type, and what it may be
-    "model": (str, lambda value: value in DiT_models),
-    "method": (str, lambda value: value in METHODS),
-    "embedder": (str, lambda value: value in ("tiered", "null")),
-    "vae": (str, str.isprintable),
-    "image_size": (int, lambda value: 0 < value <= 1 << 14),
-    "latent_size": (int, lambda value: 0 < value <= 1 << 14),
-    "channels": (int, lambda value: 0 < value <= 1 << 10),
-    "step": (int, lambda value: value >= 0),
-    "hierarchy": (Hierarchy, lambda value: True),
-}
-STATE_FIELDS = {"data": (str, lambda value: True), "settings": (dict, bool), "updates": (int, lambda value: value >= 0)}
 NOT_WEIGHTS = ("row/", "exp_avg")  # tensors of a training state that are no weights: losses, the optimizer's moments
 
 
@@ -46,22 +34,20 @@ def read_safetensors(path, contents=True):
             metadata, names = file.metadata() or {}, list(file.keys())
             ours = PACKED in names or "json" in metadata or "sha256" in metadata  # whichever was damaged
             if not ours:
-                return {name: file.get_tensor(name) for name in names if contents}, {}
+                return {name: file.get_tensor(name) for name in names if contents}, None
             text = metadata.get("json", "")
             if len(text) > LONGEST_TEXT:
                 raise ValueError(f"its description is longer than {LONGEST_TEXT} characters")
             tensors = {name: file.get_tensor(name) for name in names if contents or name == PACKED}
             if contents and metadata != file_metadata(tensors, text):
                 raise ValueError("its contents are not those that were written")
-            description = json.loads(text)
-            if PACKED in tensors and isinstance(description, dict):
-                record = archive.unpack_hierarchy(tensors.pop(PACKED).reshape(-1).view(torch.uint8).numpy().tobytes())
-                description["hierarchy"] = Hierarchy.from_dict(record)
-            check_description(description)
-            return tensors, description
+            hierarchy, packed = None, tensors.pop(PACKED, None)
+            if packed is not None:
+                packed = packed.reshape(-1).view(torch.uint8).numpy().tobytes()
+                hierarchy = Hierarchy.from_dict(archive.unpack_hierarchy(packed))
+            return tensors, ModelDescription.from_record(json.loads(text), hierarchy)
     except (SafetensorError, ValueError, RecursionError) as error:  # of JSON and of the packed hierarchy too
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} is damaged ({reason}), expected a safetensors file: {RETRY_HINT}.") from None
+        raise ValueError(f"{path} is damaged ({one_line(error)}), expected a safetensors file: {RETRY_HINT}.") from None
 
 
 def file_metadata(tensors, text):
@@ -72,22 +58,6 @@ def file_metadata(tensors, text):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return {"format": "pt", "json": text, "sha256": digest.hexdigest()}
-
-
-def check_description(description):
-    """ValueError where what is to be relied on is not there, or is nothing that train.py writes."""
-    if not isinstance(description, dict) or description.get("format") not in (ADAPTER, STATE):
-        raise ValueError(f"its description is {description!r:.80}")
-    fields = FIELDS | (STATE_FIELDS if description["format"] == STATE else {})
-    for name, (kind, fits) in fields.items():
-        value = description.get(name)
-        if type(value) is not kind or not fits(value):
-            raise ValueError(f"its description has {name} {value!r:.80}")
-    base = description.get("base")
-    if base is not None and not (
-        isinstance(base, dict) and [type(base.get(k)) for k in ("path", "sha256")] == [str] * 2
-    ):
-        raise ValueError(f"its description has base {base!r:.80}")
 
 
 def read_description(path):
@@ -103,7 +73,7 @@ def read_weights(path):
     """
     path = Path(path)
     ours = path.suffix == ".safetensors"
-    tensors, description = read_safetensors(path) if ours else (read_tensors(path, ("ema", "model")), {})
+    tensors, description = read_safetensors(path) if ours else (read_tensors(path, ("ema", "model")), None)
     check_finite({name: t for name, t in tensors.items() if not name.startswith(NOT_WEIGHTS)}, path)
     return tensors, description
 
@@ -112,7 +82,8 @@ def is_adapter(path):
     """True if `path` names a safetensors file whose metadata say so."""
     if not path or not Path(path).is_file() or Path(path).suffix != ".safetensors":
         return False
-    return read_description(path).get("format") == ADAPTER
+    description = read_description(path)
+    return description is not None and description.format == ADAPTER
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -121,13 +92,9 @@ def is_adapter(path):
 def save_safetensors(path, tensors, description):
     """Write tensors and a description, whose "hierarchy" is a `Hierarchy`; the file appears whole or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    packed = archive.pack_hierarchy(description["hierarchy"].to_dict())
+    packed = archive.pack_hierarchy(description.hierarchy.to_dict())
     tensors[PACKED] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-    metadata = file_metadata(
-        tensors, json.dumps({key: value for key, value in description.items() if key != "hierarchy"})
-    )
-
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, file_metadata(tensors, json.dumps(description.to_record())))
 
 
 def write_tensors(path, tensors, metadata):
@@ -144,5 +111,5 @@ def write_tensors(path, tensors, metadata):
 
 def save_adapter(path, averages, model, description, dtype=torch.float32):
     """`averages`: {name: EMA of a trained parameter}. Without a base the model's other tensors are written too."""
-    tensors = dict(averages) if description["base"] else model.state_dict() | averages
-    save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, description | {"format": ADAPTER})
+    tensors = dict(averages) if description.base else model.state_dict() | averages
+    save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, replace(description, format=ADAPTER))

@@ -6,12 +6,14 @@ class names is a tensor of bytes (packing.py). Without a base it holds the whole
 files of the same form. Each has a SHA-256 of its contents, since safetensors has none; nothing here is ever pickled.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from checkpoint.description import STATE, Base
 from checkpoint.download import find_weights
-from checkpoint.format import STATE, is_adapter, read_weights
+from checkpoint.format import is_adapter, read_weights
 from finetune import METHODS, add_gammas, kind_of
 from models import DiT_models
 from runtime.files import sha256
@@ -29,18 +31,18 @@ def build_model(description, class_dropout_prob=0.1, counts_only=False):
     "hierarchy" is a `Hierarchy`; "null_row" may be absent. ValueError where a tiered one's hierarchy does not know its
     parents, unless `counts_only`: the model cannot train then.
     """
-    hierarchy, tiered = description["hierarchy"], description["embedder"] == "tiered"
+    hierarchy, tiered = description.hierarchy, description.embedder == "tiered"
     mapped = tiered and (hierarchy.has_parents or not counts_only)
-    model = DiT_models[description["model"]](
-        input_size=description["latent_size"],
-        in_channels=description["channels"],
+    model = DiT_models[description.model](
+        input_size=description.latent_size,
+        in_channels=description.channels,
         num_classes=hierarchy.num_classes,
         num_super_classes=hierarchy.num_super_classes if tiered else 1,
         parents=hierarchy.parents if mapped else None,
         class_dropout_prob=class_dropout_prob,
-        null_row=description.get("null_row", False),
+        null_row=description.null_row,
     )
-    add_gammas(model, METHODS[description["method"]].gammas)
+    add_gammas(model, METHODS[description.method].gammas)
     return model
 
 
@@ -97,16 +99,16 @@ def match_state_dict(model, tensors, source, new_table=False):
 
 def load_base_weights(base, needed_by, path=None):
     """Tensors of the base {"path", "sha256"} that `needed_by` names, found at `path` or where it was; SHA-256 checked."""
-    path = find_weights(path or base["path"])
+    path = find_weights(path or base.path)
     if not path.is_file():
         raise ValueError(
-            f"{needed_by} needs its base {Path(base['path']).name}, but there is no {path}: put it there, or pass it "
+            f"{needed_by} needs its base {Path(base.path).name}, but there is no {path}: put it there, or pass it "
             "as --base (train.py: --resume)."
         )
     found = sha256(path)
-    if found != base["sha256"]:
+    if found != base.sha256:
         raise ValueError(
-            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base['sha256'][:12]}…): pass the "
+            f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base.sha256[:12]}…): pass the "
             "file it was trained from as --base (train.py: --resume)."
         )
     return load_full_weights(path)[0]
@@ -118,11 +120,11 @@ def load_full_weights(path, base=None):
     `base`: where the base is, if not where it was. ValueError where the file is a training state or no whole adapter.
     """
     tensors, description = read_weights(path)
-    if description.get("format") == STATE:
+    if description and description.format == STATE:
         raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
-    if description.get("base"):
-        description["trained"] = set(tensors)
-        tensors = load_base_weights(description["base"], path, base) | tensors
+    if description and description.base:
+        description = replace(description, trained=frozenset(tensors))
+        tensors = load_base_weights(description.base, path, base) | tensors
     elif base:
         raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
     return tensors, description
@@ -155,10 +157,10 @@ def init_from(model, trained, path, hierarchy=None, table_init="normal", table_s
         return None
     tensors, description = load_full_weights(path)
     rows = tensors.get(TABLE)
-    if hierarchy and description.get("hierarchy", hierarchy) != hierarchy:
+    if hierarchy and description and description.hierarchy != hierarchy:
         tensors.pop(TABLE)
     if TABLE in load_weights(model, tensors, path, new_table=True):
         table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
-    if description.get("base") and description["trained"] <= set(trained):
-        return description["base"]  # what the adapter changed is written again: its own base does
-    return {"path": str(path), "sha256": sha256(path)}
+    if description and description.base and description.trained <= set(trained):
+        return description.base  # what the adapter changed is written again: its own base does
+    return Base(str(path), sha256(path))

@@ -1,8 +1,11 @@
 """Load the model that the flags of a sampling command name, and its guidance."""
 
+from dataclasses import replace
+
 import torch
 
 from autoencoder import load_autoencoder
+from checkpoint.description import ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import is_adapter, read_weights
 from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weights, load_weights
@@ -43,20 +46,17 @@ def load_checkpoint_model(args, device):
     path = find_weights(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
     tensors, _ = load_full_weights(path)
     autoencoder = load_autoencoder(flags["vae"], device)
-    description = {
-        "model": flags["model"],
-        "image_size": flags["image_size"],
-        "latent_size": autoencoder.latent_size(flags["image_size"]),
-        "channels": autoencoder.channels,
-        "vae": flags["vae"],
-        "method": "finediffusion",
-        "embedder": "null" if hierarchy.num_super_classes == 1 else "tiered",
-        "null_row": False,
-        "hierarchy": hierarchy,
-        "base": None,
-        "step": 0,
-        "file": path,
-    }
+    description = ModelDescription(
+        model=flags["model"],
+        image_size=flags["image_size"],
+        latent_size=autoencoder.latent_size(flags["image_size"]),
+        channels=autoencoder.channels,
+        vae=flags["vae"],
+        method="finediffusion",
+        embedder="null" if hierarchy.num_super_classes == 1 else "tiered",
+        hierarchy=hierarchy,
+        file=path,
+    )
     model = build_model(description)
     load_weights(model, tensors, path)
     return model.eval(), description, autoencoder
@@ -75,22 +75,24 @@ def load_adapter_model(args, device):
     model, description = load_adapted(args.ckpt, args.base)
     for key in ("model", "image_size"):
         given = getattr(args, key)
-        if given not in (None, description[key]):
+        if given not in (None, getattr(description, key)):
             raise ValueError(
-                f"--{key.replace('_', '-')} is {given}, but {args.ckpt} was trained with {description[key]}: drop the flag."
+                f"--{key.replace('_', '-')} is {given}, but {args.ckpt} was trained with {getattr(description, key)}: drop the "
+                "flag."
             )
-    check_counts(description["hierarchy"], args.num_classes, args.num_super_classes)
+    check_counts(description.hierarchy, args.num_classes, args.num_super_classes)
     if args.hierarchy:
-        description["hierarchy"] = same_hierarchy(Hierarchy.load(args.hierarchy), description["hierarchy"])
-    description["vae"] = args.vae or description["vae"]
-    autoencoder = load_autoencoder(description["vae"], device)
-    found = autoencoder.latent_size(description["image_size"]), autoencoder.channels
-    if found != (description["latent_size"], description["channels"]):
+        hierarchy = same_hierarchy(Hierarchy.load(args.hierarchy), description.hierarchy)
+        description = replace(description, hierarchy=hierarchy)
+    description = replace(description, vae=args.vae or description.vae, file=args.ckpt)
+    autoencoder = load_autoencoder(description.vae, device)
+    found = autoencoder.latent_size(description.image_size), autoencoder.channels
+    if found != (description.latent_size, description.channels):
         raise ValueError(
-            f"The model works on {description['channels']} x {description['latent_size']}^2 latents, but the autoencoder makes "
+            f"The model works on {description.channels} x {description.latent_size}^2 latents, but the autoencoder makes "
             f"{found[1]} x {found[0]}^2: pass the --vae it was trained with."
         )
-    return model, description | {"file": args.ckpt}, autoencoder
+    return model, description, autoencoder
 
 
 def same_hierarchy(given, own):
@@ -103,10 +105,10 @@ def same_hierarchy(given, own):
 # ---- its guidance ---------------------------------------------------------------------------------------------------
 
 
-def build_guidance(args, model, description):
+def build_guidance(args, model):
     """The `Guidance` that the flags ask for, with the other weights it needs beside the model's."""
     others = {"autoguidance": weak_weights, "domain": untrained_weights}
-    other = others[args.guidance](args, description) if args.guidance in others else {}
+    other = others[args.guidance](args) if args.guidance in others else {}
     parameters = {name: model.get_parameter(name) for name in other}
     guidance = Guidance(
         args.guidance,
@@ -129,14 +131,15 @@ def read_own_adapter(args):
     return read_weights(args.ckpt)
 
 
-def weak_weights(args, description):
+def weak_weights(args):
     """What --weak has in place of the adapter's tensors: {name: tensor}."""
     tensors, own = read_own_adapter(args)
     if not is_adapter(args.weak):
         raise ValueError(f"--weak is {args.weak}, expected an earlier adapter of the same run: name that.")
     others, weak = read_weights(args.weak)
-    bases = [(about["base"] or {}).get("sha256") for about in (own, weak)]
-    same = bases[0] == bases[1] and all(own[key] == weak[key] for key in ("model", "image_size", "method", "hierarchy"))
+    bases = [about.base and about.base.sha256 for about in (own, weak)]
+    fields = ("model", "image_size", "method", "hierarchy")
+    same = bases[0] == bases[1] and all(getattr(own, name) == getattr(weak, name) for name in fields)
     if not same or {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in others.items()}:
         raise ValueError(
             f"--weak {args.weak} is of another base, model or method than {args.ckpt}: expected an earlier adapter of the "
@@ -145,15 +148,15 @@ def weak_weights(args, description):
     return others
 
 
-def untrained_weights(args, description):
+def untrained_weights(args):
     """What the adapter's base has in place of the adapter's tensors, and of its table the null row alone.
 
     Norms and DiffFit's factors that the base lacks are what they are before a fine-tune: 1, and 0 for a norm's bias.
     """
     tensors, own = read_own_adapter(args)
-    path = own["base"] and find_weights(args.base or own["base"]["path"])
-    base, about = load_full_weights(path) if path else ({}, {})
-    plain = about.get("embedder") == "null" or about.get("null_row")
+    path = own.base and find_weights(args.base or own.base.path)
+    base, about = load_full_weights(path) if path else ({}, None)
+    plain = about and (about.embedder == "null" or about.null_row)
     if not about:
         plain = base and not any(kind_of(name) == "norm" for name in base)
     if not plain:

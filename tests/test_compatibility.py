@@ -93,8 +93,9 @@ def test_an_adapter_is_the_model_it_was(base, before, agree):
         (before / "base.safetensors").unlink()
     model, description = load_adapted(before / ADAPTER, base)
     assert digest(model.state_dict()) == RECORD["model"]
-    assert description | RECORD["description"] == description and description["base"]["path"] == "base.safetensors"
-    assert description["hierarchy"] == LatentData("latents").hierarchy
+    assert description.to_record() | RECORD["description"] == description.to_record()
+    assert description.base.path == "base.safetensors"
+    assert description.hierarchy == LatentData("latents").hierarchy
     with torch.no_grad():
         agree(model(EXPECTED["x"], EXPECTED["t"], EXPECTED["y"]), EXPECTED["output"])
 
@@ -102,13 +103,13 @@ def test_an_adapter_is_the_model_it_was(base, before, agree):
 def test_an_adapter_without_a_base_is_a_whole_model():
     model, description = load_adapted("base.safetensors")
     tensors, _ = read_weights("base.safetensors")
-    assert description["method"] == "full" and description["base"] is None and same(model.state_dict(), tensors)
+    assert description.method == "full" and description.base is None and same(model.state_dict(), tensors)
 
 
 def test_sample_draws_the_same_images(before, command, agree):
     result = command(sample.main, *SAMPLE, "--classes", "all", "--sample-dir", "drawn")
     assert result.code == 0, result.err
-    names = read_description(ADAPTER)["hierarchy"].classes
+    names = read_description(ADAPTER).hierarchy.classes
     agree(torch.stack([pixels(before / f"drawn/{name}/000000.png") for name in names]), EXPECTED["images"])
 
 
@@ -123,7 +124,7 @@ def test_a_run_goes_on(resume, command, agree):
     result = command(train.main, *TRAIN, *resume)
     assert result.code == 0, result.err
     found, description = read_weights("run/adapters/0000005.safetensors")
-    assert found.keys() == CONTINUED.keys() and description["step"] == 5
+    assert found.keys() == CONTINUED.keys() and description.step == 5
     for name in found:  # a key's bias has a gradient of 0, so AdamW steps by the rounding of it: 2e-5 between CPUs
         agree(found[name], CONTINUED[name], atol=1e-4)
     rows = [json.loads(line) for line in open("run/metrics.jsonl")]

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import models
 import sample
+from checkpoint.description import Base
 from checkpoint.format import read_weights, save_safetensors
 from checkpoint.loading import TABLE, load_adapted, load_weights
 from diffusion import create_diffusion
@@ -176,7 +178,7 @@ def rewritten(adapter, path, **changes):
     }
     if changes.get("null_row"):
         tensors[TABLE] = torch.cat([tensors[TABLE], torch.ones(1, 256)])
-    save_safetensors(path, tensors, description | {"step": 3} | changes)
+    save_safetensors(path, tensors, replace(description, **{"step": 3} | changes))
     return path
 
 
@@ -189,7 +191,7 @@ def asked(adapter, monkeypatch):
         args = sample.parse_args()
         sample.check_settings(args)
         model, description, _ = sample.load_model(args, "cpu")
-        return model, build_guidance(args, model, description), description
+        return model, build_guidance(args, model), description
 
     return asked
 
@@ -261,7 +263,7 @@ def test_every_guidance_draws_and_at_scale_one_is_none(kind, run, adapter, tmp_p
 
 
 def official_base(adapter, official, path):
-    return rewritten(adapter, path, base={"path": str(official), "sha256": sha256(official)})
+    return rewritten(adapter, path, base=Base(str(official), sha256(official)))
 
 
 REFUSED = [

@@ -9,6 +9,7 @@ from helpers.tiny_runs import SPEEDS, TINY
 from PIL import Image
 
 import train
+from checkpoint.description import Base
 from checkpoint.format import read_weights
 from checkpoint.loading import TABLE, load_adapted, sha256
 from tools import encode_latents
@@ -136,7 +137,7 @@ def start_of(base, name, shape, method):
 def test_a_null_row_is_trained_when_asked_for(run):
     folder = run("null-row", "--null-prob", 0.5, "--lr", 0.1)
     model, description = load_adapted(last(folder, "adapters"))
-    assert description["null_row"] and model.y_embedder.has_null
+    assert description.null_row and model.y_embedder.has_null
     moved = state_of(folder)[f"exp_avg/{TABLE}"].abs().sum(1)
     assert len(moved) == 5 + 2 + 1 and moved[-1] > 0
 
@@ -165,8 +166,8 @@ def test_exactly_the_chosen_parameters_move(method, run, base):
             moved.add(name)
     assert moved == {name for name in weights if TRAINED[method](name) or name == TABLE}
     assert len(weights[TABLE]) == 5 + (2 if method == "finediffusion" else 1)
-    assert description["step"] == 2 and description["trained"] == moved
-    assert description["base"] == {"path": str(base), "sha256": sha256(base)}
+    assert description.step == 2 and description.trained == moved
+    assert description.base == Base(str(base), sha256(base))
     # base + adapter is the average of the training, bit for bit
     averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
     assert averages.keys() == moved and all(torch.equal(weights[name], averages[name]) for name in moved)
@@ -277,7 +278,7 @@ def test_starts_from_an_official_checkpoint(run, official):
 def test_starts_from_an_adapter(run, adapter, base, tmp_path):
     folder = run("adapted", "--resume", adapter, *STILL)
     before, after = read_weights(adapter), read_weights(last(folder, "adapters"))
-    assert same(before[0], after[0]) and before[1]["base"] == after[1]["base"]
+    assert same(before[0], after[0]) and before[1].base == after[1].base
     # other classes: a new table, N(0, std^2), all else as the adapter had it
     fewer = write_images(tmp_path / "fewer", 8, {"birds": ("crow", "wren"), "fish": ("carp",)})
     folder = run("fewer", "--resume", adapter, *STILL, "--table-std", 3, data=("--data-path", fewer))
@@ -285,4 +286,4 @@ def test_starts_from_an_adapter(run, adapter, base, tmp_path):
     table = tensors.pop(TABLE)
     assert table.shape == (5, 256) and table.std().item() == pytest.approx(3, rel=0.1)
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
-    assert description["hierarchy"].superclasses == ("birds", "fish")
+    assert description.hierarchy.superclasses == ("birds", "fish")

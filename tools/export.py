@@ -1,14 +1,15 @@
-"""Write an adapter and its base, or a checkpoint, as weights for other tools.
+"""Export an adapter merged onto its base, or a checkpoint, as weights for other tools.
 
     python -m tools.export --ckpt ADAPTER --format diffusers --out DIR [--push USER/NAME]
     python -m tools.export --ckpt ADAPTER --format dit --superclass Birds --out dit.pt
     python -m tools.export --ckpt ADAPTER --format finediffusion --out finediffusion.pt
 
-`diffusers`: a folder for `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`. `dit`: a plain DiT, without
-LayerNorm affine and with a superclass, or the model's own null row, as its null class. `finediffusion`: the official
-code's checkpoint.
+`diffusers`: a folder for `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`. `dit`: a plain DiT without
+LayerNorm affine; its null class is a superclass, or the model's own null row. `finediffusion`: a checkpoint of the
+official code.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -18,21 +19,26 @@ from pathlib import Path
 from string import Template
 
 import torch
+from torch import nn
 
+from autoencoder import Autoencoder
+from checkpoint.description import ModelDescription
 from checkpoint.download import DIT_FILES
 from checkpoint.format import is_adapter, write_tensors
 from checkpoint.loading import TABLE, load_adapted
 from finetune import kind_of
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
+from runtime.text import one_line
 from sampling.load import load_model
 from sampling.options import add_model_options
+from tiered_embedder import TieredEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "tools/diffusers_pipeline"  # what a folder in diffusers' form gets beside its weights
+PIPELINE_FOLDER = ROOT / "tools/diffusers_pipeline"  # code and model card of a diffusers export
 GAMMAS = {"gamma_qkv": "attn.qkv", "gamma_proj": "attn.proj", "gamma_attn": "attn.proj", "gamma_mlp": "mlp.fc2"}
-FORMATS = {"diffusers": (), "dit": (".pt", ".safetensors"), "finediffusion": (".pt",)}
-# the process that DiT was trained on, and the sampler that it has by default
+FORMATS = {"diffusers": (), "dit": (".pt", ".safetensors"), "finediffusion": (".pt",)}  # with the suffixes of --out
+# DiT's diffusion process and its default sampler
 SCHEDULER = dict(
     num_train_timesteps=1000,
     beta_start=1e-4,
@@ -42,13 +48,20 @@ SCHEDULER = dict(
     timestep_spacing="linspace",
     clip_sample=False,
 )
+EXAMPLES = """
+    python -m tools.export --ckpt results/inat/adapters/0200000.safetensors --format diffusers --out birds
+    python -m tools.export --ckpt results/inat/adapters/0200000.safetensors --format dit --superclass Birds --out dit.pt
+"""
 
 
-# ---- folding, float64 in the middle --------------------------------------------------------------
+# ---- folding, computed in float64 ------------------------------------------------------------------
 
 
-def fold_gammas(tensors):
-    """DiffFit's factors as part of the linear layers whose output they scale: W' = diag(g) W, b' = g b."""
+def fold_gammas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge DiffFit's factors into the linear layers whose output they scale: W' = diag(g) W, b' = g b.
+
+    See DiffFit, arXiv 2304.06648, section 3.2.
+    """
     tensors = dict(tensors)
     for name in [name for name in tensors if kind_of(name) == "gamma"]:
         block, _, gamma = name.rpartition(".")
@@ -58,15 +71,15 @@ def fold_gammas(tensors):
     return tensors
 
 
-def fold_norms(tensors):
-    """A DiT's tensors without LayerNorm affine (weight g, bias b), which goes into the modulation.
+def fold_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge each LayerNorm affine (weight g, bias b) of a DiT into the modulation that follows it.
 
-    (g n + b) (1 + s) + h = n (1 + s') + h' with s' = g s + g - 1 and h' = h + b s + b, n the normed tokens. So with
-    s = W_s c + b_s and h = W_h c + b_h: W_s' = diag(g) W_s, b_s' = g b_s + g - 1, W_h' = W_h + diag(b) W_s,
+    (g n + b) (1 + s) + h = n (1 + s') + h' with s' = g s + g - 1 and h' = h + b s + b, n being the normalised tokens.
+    So with s = W_s c + b_s and h = W_h c + b_h: W_s' = diag(g) W_s, b_s' = g b_s + g - 1, W_h' = W_h + diag(b) W_s,
     b_h' = b_h + b b_s + b.
     """
     tensors = dict(tensors)
-    # norm -> where its shift is among the D-row chunks of the modulation; its scale is next
+    # norm -> index of its shift among the chunks of D rows of the modulation; the scale is the next chunk
     places = {"norm1": 0, "norm2": 3, "norm_final": 0}
     for name in [name for name in tensors if kind_of(name) == "norm" and name.endswith(".weight")]:
         part, norm, _ = name.rsplit(".", 2)
@@ -80,20 +93,26 @@ def fold_norms(tensors):
     return tensors
 
 
-# ---- the formats ---------------------------------------------------------------------------------
+# ---- DiT and FineDiffusion -------------------------------------------------------------------------
 
 
-def superclass_names(description):
-    """Names of the superclass rows of a model's table; a plain DiT's only one is the null class."""
-    return description["hierarchy"].superclasses if description["embedder"] == "tiered" else ("null",)
+def superclass_names(description: ModelDescription) -> tuple[str, ...]:
+    """Return the names of the table's superclass rows; a plain DiT has one, the null class."""
+    return description.hierarchy.superclasses if description.embedder == "tiered" else ("null",)
 
 
-def null_row(table, names, query=None):
-    """Row of the `TieredEmbedder` for the null class of a DiT: its own, or that of the superclass `query`, name or index."""
+def null_row(table: TieredEmbedder, names: tuple[str, ...], query: str | None = None) -> int:
+    """Return the row of `table` that becomes DiT's null class.
+
+    names: the superclasses, in the order of their rows
+    query: name or index of a superclass; None chooses the table's own null row
+
+    Raises ValueError if `query` is no superclass, or is None and the table has no null row.
+    """
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     if query is None and not table.has_null:
         raise ValueError(
-            f"A DiT has a null class, and the model has {len(names)} superclasses in its place: choose one of them with "
+            f"A DiT needs a null class, but the model has {len(names)} superclasses instead: choose one of them with "
             f"--superclass ({listed})."
         )
     if query is None:
@@ -102,11 +121,14 @@ def null_row(table, names, query=None):
         return table.num_classes + names.index(query)
     if query.isdecimal() and int(query) < len(names):
         return table.num_classes + int(query)
-    raise ValueError(f"--superclass is {query}, expected a name or an index of {listed}: choose one of them.")
+    raise ValueError(f"--superclass is {query}, expected a name or an index of {listed}.")
 
 
-def write_dit(path, tensors, rows):
-    """DiT's form: tensors by name, without LayerNorm affine. `rows`: those of the table that stay, the null class last."""
+def write_dit(path: Path, tensors: dict[str, torch.Tensor], rows: list[int]):
+    """Write a plain DiT: tensors by name, without LayerNorm affine.
+
+    rows: rows of the class table to keep, the null class last
+    """
     tensors = fold_norms(tensors)
     tensors[TABLE] = tensors[TABLE][rows]
     if path.suffix == ".safetensors":
@@ -115,19 +137,32 @@ def write_dit(path, tensors, rows):
         atomic_write(path, lambda part: torch.save(tensors, part))
 
 
-def write_finediffusion(path, tensors, description):
-    """The official training's record, without a null row; `args` is a dict, so that `torch.load` runs no code."""
-    classes, superclasses = description["hierarchy"].num_classes, len(superclass_names(description))
+def write_finediffusion(path: Path, tensors: dict[str, torch.Tensor], description: ModelDescription):
+    """Write a checkpoint of the official code, without a null row; `args` is a dict, so `torch.load` runs no code."""
+    classes, superclasses = description.hierarchy.num_classes, len(superclass_names(description))
     tensors = tensors | {TABLE: tensors[TABLE][: classes + superclasses].clone()}
-    settings = {key: description[key] for key in ("model", "image_size")}
+    settings = {"model": description.model, "image_size": description.image_size}
     settings |= {"num_classes": classes, "num_super_classes": superclasses}
     record = {"model": tensors, "ema": tensors, "opt": {}, "args": settings}
     atomic_write(path, lambda part: torch.save(record, part))
 
 
-def write_diffusers(folder, model, tensors, description, autoencoder, source):
-    """All of a diffusers folder. `source`: what the model card's example loads."""
-    hierarchy, table = description["hierarchy"], model.y_embedder
+# ---- diffusers -------------------------------------------------------------------------------------
+
+
+def write_diffusers(
+    folder: Path,
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    description: ModelDescription,
+    autoencoder: Autoencoder,
+    source: str,
+):
+    """Write a complete diffusers folder: configs, weights, code, model card and autoencoder.
+
+    source: the name that the model card's example loads
+    """
+    hierarchy, table = description.hierarchy, model.y_embedder
     config = {
         "input_size": model.input_size,
         "patch_size": model.patch_size,
@@ -150,50 +185,51 @@ def write_diffusers(folder, model, tensors, description, autoencoder, source):
     write_config(folder / "transformer/config.json", "FineDiffusionTransformer", config)
     write_tensors(folder / "transformer/diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     for name in ("pipeline_finediffusion.py", "transformer/transformer_finediffusion.py"):
-        (folder / name).write_text(bundle(SHIPPED / Path(name).name), encoding="utf-8")
+        (folder / name).write_text(bundle(PIPELINE_FOLDER / Path(name).name), encoding="utf-8")
     if autoencoder.vae:
         autoencoder.vae.register_to_config(scaling_factor=autoencoder.scale)
         autoencoder.vae.save_pretrained(folder / "vae")
-    (folder / "README.md").write_text(card(description, source), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(description, source), encoding="utf-8")
 
 
-def write_config(path, class_name, config):
+def write_config(path: Path, class_name: str | list[str], config: dict):
+    """Write a JSON config in the form of diffusers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"_class_name": class_name, "_diffusers_version": version("diffusers"), **config}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def card(description, source):
-    """The model card, README.md."""
-    hierarchy, names, base = description["hierarchy"], superclass_names(description), description["base"] or {}
-    tiered = description["embedder"] == "tiered"
-    file = Path(base.get("path", "")).name or "none, trained from random weights"
+def model_card(description: ModelDescription, source: str) -> str:
+    """Return the text of the model card, README.md; `source` is the name that its example loads."""
+    hierarchy, names, base = description.hierarchy, superclass_names(description), description.base
+    tiered = description.embedder == "tiered"
+    file = Path(base.path).name if base else "none, trained from random weights"
     of_dit = file in DIT_FILES
     terms = "The base weights are DiT's, under CC BY-NC 4.0: no commercial use."
-    return Template((SHIPPED / "card.md").read_text(encoding="utf-8")).substitute(
+    return Template((PIPELINE_FOLDER / "card.md").read_text(encoding="utf-8")).substitute(
         title=Path(source).name,
         license="cc-by-nc-4.0" if of_dit else "other",
         terms=terms if of_dit else "The licences of the base weights and of the training images apply.",
-        model=description["model"],
-        size=description["image_size"],
+        model=description.model,
+        size=description.image_size,
         classes=f"{hierarchy.num_classes:,}",
         superclasses=f"{len(names)} superclasses" if tiered else "no superclass",
         guide="the superclass of the class" if tiered else "the null class",
-        method=description["method"],
-        steps=f"{description['step']:,}",
+        method=description.method,
+        steps=f"{description.step:,}",
         source=source,
         example=json.dumps(hierarchy.classes[0], ensure_ascii=False),
         base=file,
-        sha256=base.get("sha256", "none"),
+        sha256=base.sha256 if base else "none",
         hierarchy=hierarchy.name,
-        vae="none, the model works on pixels" if description["vae"] == "none" else "in `vae/`",
+        vae="none, the model works on pixels" if description.vae == "none" else "in `vae/`",
     )
 
 
-def bundle(path):
-    """The module at `path` as one source: the project's own modules that it imports stand before it, those imports left out.
+def bundle(path: Path) -> str:
+    """Return the module at `path` and the project's modules that it imports as one source, without those imports.
 
-    diffusers takes one file from a folder, not the files that it imports in turn.
+    diffusers loads a single file from a folder, not the files which that imports.
     """
     sources = {}
 
@@ -201,7 +237,7 @@ def bundle(path):
         lines = path.read_text(encoding="utf-8").splitlines()
         for node in ast.parse("\n".join(lines)).body:
             if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").is_file():
-                assert not any(alias.asname for alias in node.names), f"{path} renames what it imports"
+                assert not any(alias.asname for alias in node.names), f"{path} renames an import"
                 lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
                 if f"{node.module}.py" not in sources:
                     add(ROOT / f"{node.module}.py")
@@ -213,42 +249,46 @@ def bundle(path):
     return "\n\n\n".join([head, *(f"# ---- {name}\n\n{text}" for name, text in sources.items())]) + "\n"
 
 
-# ---- the command ---------------------------------------------------------------------------------
+def push(folder: Path, repo: str, private: bool):
+    """Upload a folder to the Hugging Face Hub.
 
-
-def push(folder, repo, private):
-    """Upload a folder to the Hugging Face Hub; ValueError where it cannot be reached or knows no token."""
+    Raises ValueError if the Hub cannot be reached or refuses the upload, for example without a token.
+    """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with tools/export.py")
-    except Exception as error:  # those of the HTTP library too, which has changed from release to release
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    except Exception as error:  # also those of the HTTP library, which differ between releases
         raise ValueError(
-            f"{folder} is written but could not be pushed to {repo} ({reason}): log in with `hf auth login` or set HF_TOKEN, "
-            f"then run `hf upload {repo} {folder}`."
+            f"{folder} is written but could not be pushed to {repo} ({one_line(error)}): log in with `hf auth login` or set "
+            f"HF_TOKEN, then run `hf upload {repo} {folder}`."
         ) from None
 
 
-def check_settings(args):
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace):
+    """Raise ValueError if flags contradict each other, or --out exists or has the wrong suffix."""
     out, suffixes = Path(args.out), FORMATS[args.format]
     for flag, form in (("superclass", "dit"), ("push", "diffusers")):
         if getattr(args, flag) is not None and args.format != form:
-            raise ValueError(f"--{flag} is for --format {form}, found {args.format}: drop the flag.")
+            raise ValueError(f"--{flag} needs --format {form}, found {args.format}: drop the flag.")
     if args.private and not args.push:
-        raise ValueError("--private makes what --push uploads private, found no --push: add it, or drop the flag.")
+        raise ValueError("--private needs --push, found none: add it or drop the flag.")
     if suffixes and out.suffix not in suffixes:
-        raise ValueError(f"--out is {out}, expected a name that ends in {' or '.join(suffixes)}: change it.")
+        raise ValueError(f"--out is {out}, expected a name that ends in {' or '.join(suffixes)}.")
     if out.exists():
         raise ValueError(f"{out} exists and is not overwritten: remove it or choose another --out.")
 
 
-def export(args):
-    check_settings(args)
+def export(args: argparse.Namespace):
+    """Load the model of the flags, merge its factors, and write it to --out."""
+    check_args(args)
     out = Path(args.out)
-    if is_adapter(args.ckpt) and args.format != "diffusers":  # nothing is asked of the autoencoder
+    if is_adapter(args.ckpt) and args.format != "diffusers":  # the autoencoder is not needed
         model, description = load_adapted(args.ckpt, args.base)
     else:
         model, description, autoencoder = load_model(args, "cpu")
@@ -267,21 +307,21 @@ def export(args):
             shutil.rmtree(part, ignore_errors=True)
         if args.push:
             push(out, args.push, args.private)
-    print(f"{out}: {description['model']}, {description['hierarchy']!r}, in the form of {args.format}")
+    print(f"{out}: {description.model}, {description.hierarchy!r}, exported as {args.format}")
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_model_options(add)
-    add("--format", required=True, choices=list(FORMATS))
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add_model_options(parser.add_argument)
+    add = parser.add_argument_group("export").add_argument
+    add("--format", required=True, choices=list(FORMATS), help="form of the exported weights")
     add("--out", required=True, help="folder (diffusers) or file to write; it must not exist")
     add(
         "--superclass",
         help="dit: name or index of the superclass that becomes the null class (default: the model's null row)",
     )
     add("--push", metavar="USER/NAME", help="diffusers: upload the folder to the Hugging Face Hub")
-    add("--private", action="store_true", help="push to a private repository")
+    add("--private", action="store_true", help="diffusers: push to a private repository")
     export(parser.parse_args())
 
 

@@ -1,8 +1,9 @@
-"""The flags of train.py, and what they must satisfy."""
+"""The flags of train.py, their defaults and their checks."""
 
 import argparse
 import importlib.util
 import math
+from collections.abc import Callable, Iterable
 
 from finetune import METHODS
 from models import DiT_models
@@ -10,84 +11,187 @@ from runtime.cli import Parser
 from runtime.device import PRECISIONS
 from training.logger import TRACKERS
 
+EXAMPLES = """
+torchrun --nproc_per_node=8 train.py --data-path inat/train_mini --mixed-precision bf16 --experiment inat
+python train.py --latents latents256 --method bitfit --micro-batch 32 --max-steps 200000
+"""
 
-def parse_args(description):
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data-path", help="folder of images, see data.py")
-    add("--latents", help="folder that tools.encode_latents wrote, instead of --data-path")
-    add("--hierarchy", help="inat2021, vegfru, a .json file or a folder; default: the data's own")
-    add("--results-dir", default="results")
-    add("--experiment", help="name of the run's folder; the same command again continues the run")
+
+def parse_args(description: str) -> argparse.Namespace:
+    """Parse the command line. Raises ValueError for an unknown or malformed flag."""
+    parser = Parser(description=description, examples=EXAMPLES)
+    for title, add_flags in (
+        ("data", add_data_flags),
+        ("model", add_model_flags),
+        ("method", add_method_flags),
+        ("optimisation", add_optimisation_flags),
+        ("precision and memory", add_memory_flags),
+        ("output", add_output_flags),
+    ):
+        add_flags(parser.add_argument_group(title).add_argument)
+    return parser.parse_args()
+
+
+# ---- flags; `add` is the `add_argument` of a group -----------------------------------------------
+
+
+def add_data_flags(add: Callable):
+    add("--data-path", help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add("--latents", help="folder of latents from tools.encode_latents, instead of --data-path")
+    add(
+        "--hierarchy",
+        help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own (--dry-run: inat2021)",
+    )
+    add("--num-classes", type=int, help="number of classes that the hierarchy must have; if not given, any")
+    add("--num-super-classes", type=int, help="number of superclasses that it must have; if not given, any")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
+    add("--num-workers", type=int, default=4, help="processes that load data, for each training process")
+    add(
+        "--max-bad-images",
+        type=int,
+        default=100,
+        help="unreadable images that may be replaced by others of their class before the run stops",
+    )
+
+
+def add_model_flags(add: Callable):
+    add("--model", choices=list(DiT_models), default="DiT-XL/2", help="size of the DiT and of its patches")
+    add("--image-size", type=int, default=256, help="pixels per side")
+    add("--vae", default="mse", help="autoencoder: ema or mse (downloaded), a local folder, or none to train on pixels")
     add(
         "--resume",
-        help="weights or adapter to start from, state or run folder to continue, or none; default: DiT's own",
+        help="checkpoint or adapter to start from, training state or run folder to resume, or none for random weights; "
+        "if not given, DiT's own weights (downloaded)",
     )
-    add("--model", choices=list(DiT_models), default="DiT-XL/2")
-    add("--image-size", type=int, default=256)
-    add("--num-classes", type=int, help="checked against the hierarchy")
-    add("--num-super-classes", type=int, help="checked against the hierarchy")
-    add("--vae", default="mse", help="ema, mse, a local folder, or none (pixels)")
-    add("--method", choices=list(METHODS), default="finediffusion")
-    add("--embedder", choices=["tiered", "null"], help="default: the method's")
-    add("--class-dropout-prob", type=float, default=0.1, help="at which a label becomes its superclass's")
-    add("--null-prob", type=float, default=0.0, help="at which it becomes that of a null row, which the table then has")
+
+
+def add_method_flags(add: Callable):
+    add("--method", choices=list(METHODS), default="finediffusion", help="which parameters are trained")
+    add(
+        "--embedder",
+        choices=["tiered", "null"],
+        help="class table with superclass rows, or with a null row; if not given, the method's own",
+    )
+    add("--class-dropout-prob", type=float, default=0.1, help="probability of replacing a label by its superclass")
+    add(
+        "--null-prob",
+        type=float,
+        default=0.0,
+        help="probability of replacing a label by a null row, which the table has if this is above 0",
+    )
     add(
         "--table-init",
         choices=["normal", "mean"],
         default="normal",
-        help="new class rows: N(0, std^2), or that around the mean of the base's rows",
+        help="new rows of the class table: N(0, std^2), or N(mean, std^2) with the mean of the base's rows",
     )
-    add("--table-std", type=float, default=0.02)
-    add("--lr", type=float, help="default: the method's")
-    add("--table-lr", type=float, help="learning rate of the class table; default: --lr")
-    add("--lr-schedule", choices=["constant", "cosine"], default="constant")
-    add("--clip-grad", type=float, help="largest gradient norm; default: not clipped")
-    add("--ema-decay", type=float, default=0.9999)
-    add("--ema-warmup", action="store_true", help="a decay of at most (1 + k) / (10 + k) at step k, for short runs")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
-    add("--epochs", type=int, default=100)
-    add("--max-steps", type=int, help="instead of --epochs")
-    add("--global-batch-size", type=int, default=256)
-    add("--grad-accum", type=int, default=1, help="passes in which a process works through its part of the batch")
-    add("--micro-batch", type=int, help="the same said otherwise: images in a pass")
-    add("--grad-checkpointing", action="store_true", help="keep less for the backward pass, compute half as much again")
-    add("--global-seed", type=int, default=0)
-    add("--num-workers", type=int, default=4)
-    add("--mixed-precision", choices=PRECISIONS, default="no")
-    add("--adapter-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="how adapters are stored")
+    add("--table-std", type=float, default=0.02, help="std of the new rows")
+
+
+def add_optimisation_flags(add: Callable):
+    add("--epochs", type=int, default=100, help="passes over the data")
+    add("--max-steps", type=int, help="number of optimizer steps; if not given, --epochs decides")
+    add("--global-batch-size", type=int, default=256, help="images per optimizer step, over all processes")
+    add("--lr", type=float, help="learning rate of AdamW; if not given, the method's: 1e-4, or 1e-3 for difffit-orig")
+    add("--table-lr", type=float, help="learning rate of the class table; if not given, --lr")
+    add(
+        "--lr-schedule",
+        choices=["constant", "cosine"],
+        default="constant",
+        help="constant, or half a cosine from the learning rate to 0 over the run",
+    )
+    add("--clip-grad", type=float, help="largest gradient norm; if not given, gradients are not clipped")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the average of the trained parameters")
+    add(
+        "--ema-warmup",
+        action="store_true",
+        help="limit the decay to (1 + k) / (10 + k) at step k, for short runs",
+    )
+    add("--global-seed", type=int, default=0, help="seed of the data order, the noise and the new rows")
+    add(
+        "--on-nonfinite",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a non-finite loss or gradient: stop the run, or skip the step",
+    )
+
+
+def add_memory_flags(add: Callable):
+    add(
+        "--mixed-precision",
+        choices=PRECISIONS,
+        default="no",
+        help="compute in half precision; trained parameters stay in float32",
+    )
+    add("--grad-accum", type=int, default=1, help="forward passes per optimizer step, in each process")
+    add("--micro-batch", type=int, help="images per forward pass; alternative to --grad-accum")
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, half as much computation again",
+    )
     add("--compile", action="store_true", help="torch.compile every block")
-    add("--log-every", type=int, default=100)
-    add("--report-to", choices=[*TRACKERS, "none"], default="none", help="beside metrics.jsonl")
-    add("--ckpt-every", type=int, default=50_000)
-    add("--keep-states", type=int, default=3, help="so many of the newest training states; adapters all stay")
-    add("--allow-changes", action="store_true", help="continue a run although its data or settings have changed")
-    add("--on-nonfinite", choices=["stop", "skip"], default="stop", help="where a loss or gradient is not finite")
-    add("--max-bad-images", type=int, default=100, help="unreadable ones that are passed over before the run stops")
-    add("--preview-images", type=int, default=16, help="in the grid of samples at each checkpoint; 0 for none")
-    add("--dry-run", action="store_true", help="print the settings and parameter counts as JSON, and stop")
-    return parser.parse_args()
 
 
-def check_settings(args):
-    positive = (
-        "image_size epochs max_steps global_batch_size grad_accum micro_batch log_every ckpt_every keep_states lr table_lr "
-        "clip_grad"
+def add_output_flags(add: Callable):
+    add("--results-dir", default="results", help="folder of all runs")
+    add(
+        "--experiment",
+        help="name of the run's folder, and the same command again resumes the run; if not given, a new number",
     )
-    for name in positive.split():
+    add("--log-every", type=int, default=100, help="steps per row of metrics.jsonl")
+    add(
+        "--report-to",
+        choices=[*TRACKERS, "none"],
+        default="none",
+        help="tracker that gets the same rows and the sample grids",
+    )
+    add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints: an adapter and a training state")
+    add("--keep-states", type=int, default=3, help="number of recent states to keep; adapters are never deleted")
+    add("--adapter-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="number format of adapter files")
+    add("--preview-images", type=int, default=16, help="images in the sample grid of each checkpoint; 0 for no grid")
+    add("--allow-changes", action="store_true", help="resume although the data or decisive settings have changed")
+    add("--dry-run", action="store_true", help="print settings and parameter counts as JSON, and exit")
+
+
+# ---- checks and defaults -------------------------------------------------------------------------
+
+ABOVE_ZERO = (
+    "image_size",
+    "epochs",
+    "max_steps",
+    "global_batch_size",
+    "grad_accum",
+    "micro_batch",
+    "log_every",
+    "ckpt_every",
+    "keep_states",
+    "lr",
+    "table_lr",
+    "clip_grad",
+)
+NOT_NEGATIVE = "table_std", "num_workers", "preview_images", "max_bad_images"
+FINITE = "lr", "table_lr", "table_std", "clip_grad"
+
+
+def check_values(args: argparse.Namespace, names: Iterable[str], valid: Callable[[float], bool], expected: str):
+    """Raise ValueError if the value of a named flag is not valid; None passes. expected: the valid values in words."""
+    for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a number above 0: change it.")
-    for name in ("table_std", "num_workers", "preview_images", "max_bad_images"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more: change it.")
-    for name in ("lr", "table_lr", "table_std", "clip_grad"):
-        if getattr(args, name) is not None and math.isinf(getattr(args, name)):
-            raise ValueError(f"--{name.replace('_', '-')} is inf, expected a finite number: change it.")
+        if value is not None and not valid(value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}.")
+
+
+def check_settings(args: argparse.Namespace):
+    """Raise ValueError if a flag is out of range, or if two of them contradict each other."""
+    check_values(args, ABOVE_ZERO, lambda value: value > 0, "a number above 0")
+    check_values(args, NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
+    check_values(args, FINITE, math.isfinite, "a finite number")
+    check_values(args, ["ema_decay"], lambda value: 0 <= value < 1, "0 or more and below 1")
     if not 0 <= args.null_prob <= 1 or args.null_prob and args.null_prob + args.class_dropout_prob > 1:
         raise ValueError(
-            f"--null-prob is {args.null_prob} and --class-dropout-prob {args.class_dropout_prob}, expected probabilities that "
-            "add up to at most 1: change them."
+            f"--null-prob is {args.null_prob} and --class-dropout-prob {args.class_dropout_prob}, expected probabilities "
+            "that add up to at most 1."
         )
     if args.null_prob and (args.embedder or METHODS[args.method].embedder) == "null":
         raise ValueError(
@@ -97,10 +201,15 @@ def check_settings(args):
     if args.micro_batch and args.grad_accum > 1:
         raise ValueError("Found both --micro-batch and --grad-accum, expected one of the two: drop one.")
     if args.report_to != "none" and not importlib.util.find_spec(TRACKERS[args.report_to]):
-        raise ValueError(
-            f"--report-to is {args.report_to}, expected that package: pip install {TRACKERS[args.report_to]}."
-        )
-    if not 0 <= args.ema_decay < 1:
-        raise ValueError(f"--ema-decay is {args.ema_decay}, expected 0 or more and below 1: change it.")
+        package = TRACKERS[args.report_to]
+        raise ValueError(f"--report-to is {args.report_to}, expected its package: pip install {package}.")
     if not args.dry_run and (args.data_path is None) == (args.latents is None):
         raise ValueError("Expected one of --data-path and --latents, found both or neither: pass one.")
+
+
+def resolve_defaults(args: argparse.Namespace):
+    """Fill in place the learning rates that were not given; afterwards `args` is only read."""
+    if args.lr is None:
+        args.lr = METHODS[args.method].lr
+    if args.table_lr is None:
+        args.table_lr = args.lr

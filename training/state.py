@@ -6,11 +6,13 @@ and the settings. There are no random states to keep: everything random is a fun
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint.format import STATE, is_adapter, read_description, read_weights, save_safetensors
+from checkpoint.description import STATE
+from checkpoint.format import is_adapter, read_description, read_weights, save_safetensors
 from checkpoint.loading import load_base_weights, load_weights
 from checkpoint.torch_files import check_file
 from runtime.files import Lock
@@ -65,7 +67,7 @@ def lock_run_dir(folder):
 
 
 def latest_valid_state(states, say=print):
-    """(path, tensors, description) of the first of `states`, new to old, that is whole; (None, {}, {}) of none.
+    """(path, tensors, description) of the first of `states`, new to old, that is whole; (None, {}, None) of none.
 
     Says which are damaged; ValueError where all of them are.
     """
@@ -77,7 +79,7 @@ def latest_valid_state(states, say=print):
             damaged.append(path)
             say(f"{error} The state before it is used.")
             continue
-        if description.get("format") != STATE:
+        if description is None or description.format != STATE:
             raise ValueError(f"{path} is no training state, expected one that train.py wrote: name another file.")
         return path, tensors, description
     if damaged:
@@ -85,23 +87,23 @@ def latest_valid_state(states, say=print):
             f"All {len(damaged)} training states of {damaged[0].parent.parent} are damaged, expected a whole one: start anew "
             "from its last adapter with --resume and another --experiment."
         )
-    return None, {}, {}
+    return None, {}, None
 
 
 def check_same_run(path, saved, now, allow_changes):
     """ValueError where the descriptions of a state and of the run that would go on from it differ in what decides the numbers."""
     for key in ("model", "image_size", "method", "embedder", "hierarchy"):
-        if now[key] != saved[key]:
+        if getattr(now, key) != getattr(saved, key):
             raise ValueError(
-                f"{path} was begun with --{key.replace('_', '-')} {saved[key]}, found {now[key]}: continue with the "
+                f"{path} was begun with --{key.replace('_', '-')} {getattr(saved, key)}, found {getattr(now, key)}: continue with the "
                 "settings it was begun with."
             )
     changes = [
-        f"--{name.replace('_', '-')} {saved['settings'].get(name)} (now {value})"
-        for name, value in now["settings"].items()
-        if saved["settings"].get(name) != value
+        f"--{name.replace('_', '-')} {saved.settings.get(name)} (now {value})"
+        for name, value in now.settings.items()
+        if saved.settings.get(name) != value
     ]
-    changes += ["other images or labels"] if saved["data"] != now["data"] else []
+    changes += ["other images or labels"] if saved.data != now.data else []
     if changes and not allow_changes:
         raise ValueError(
             f"{path} was begun with {', '.join(changes)}: continue with the settings it was begun with, or pass "
@@ -114,16 +116,16 @@ def load_base_of(path, description, model, resume=None):
 
     `resume`: --resume. Where it names weights they must be that base, wherever it lies now, or an adapter on it.
     """
-    base, resume = description["base"], None if is_run_or_state(resume) else resume
+    base, resume = description.base, None if is_run_or_state(resume) else resume
     if resume and (resume == "none") == bool(base):
         raise ValueError(
-            f"{path} was begun with --resume {base['path'] if base else 'none'}, found {resume}: continue with the weights it "
+            f"{path} was begun with --resume {base.path if base else 'none'}, found {resume}: continue with the weights it "
             "was begun with, or choose another --experiment."
         )
     if base:
-        on = read_description(resume).get("base") if is_adapter(resume) else None
-        place = None if on and on["sha256"] == base["sha256"] else resume
-        load_weights(model, load_base_weights(base, path, place), base["path"], new_table=True)
+        on = read_description(resume).base if is_adapter(resume) else None
+        place = None if on and on.sha256 == base.sha256 else resume
+        load_weights(model, load_base_weights(base, path, place), base.path, new_table=True)
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def load_state(path, tensors, description, parameters, averages, optimizer):
         p.copy_(tensors[f"now/{name}"])
         averages[name].copy_(tensors[f"average/{name}"])
         moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(description["updates"]), device=p.device), **moments}
+        optimizer.state[p] = {"step": torch.tensor(float(description.updates), device=p.device), **moments}
     return kept
 
 
@@ -155,7 +157,7 @@ def save_state(path, parameters, averages, optimizer, kept, description):
     tensors |= {f"{key}/{name}": m[key] for name, m in moments.items() for key in ("exp_avg", "exp_avg_sq")}
     tensors |= {f"row/{name}": t for name, t in kept.items()}
     updates = max(int(m["step"].item()) for m in moments.values())  # fewer than steps, where some were passed over
-    save_safetensors(path, tensors, description | {"format": STATE, "updates": updates})
+    save_safetensors(path, tensors, replace(description, format=STATE, updates=updates))
 
 
 def delete_old_states(path, count):

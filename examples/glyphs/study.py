@@ -93,7 +93,7 @@ def train_all(args, out, hierarchy):
 def sample(path, autoencoder, scale, per_class):
     """uint8 (N, 3, H, W) of all classes of an adapter, `per_class` of each, and labels (N,)."""
     model, description = load_adapted(path)
-    jobs = [(label, k) for label in range(description["hierarchy"].num_classes) for k in range(per_class)]
+    jobs = [(label, k) for label in range(description.hierarchy.num_classes) for k in range(per_class)]
     images, guidance = [], Guidance("superclass", scale)
     for i in range(0, len(jobs), BATCH):
         labels = [label for label, _ in jobs[i : i + BATCH]]

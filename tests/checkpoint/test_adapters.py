@@ -1,12 +1,14 @@
 """Adapters on their base, and training states: what comes back is what was there, bit for bit."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from helpers.tiny_models import PETS, TinyDiT, golden, refusal, same
 
+from checkpoint.description import Base, ModelDescription
 from checkpoint.format import is_adapter, read_weights, save_adapter
 from checkpoint.loading import TABLE, build_model, init_from, load_adapted, load_full_weights
 from diffusion import create_diffusion
@@ -38,31 +40,32 @@ class Run:
     """A fine-tune from the weights at `path`; after that its numbers depend on the step alone."""
 
     def __init__(self, method, path=None, embedder=None, model="tiny", seed=0):
-        self.description = {
-            "model": model,
-            "image_size": 64,
-            "latent_size": 8,
-            "channels": 4,
-            "vae": "mse",
-            "method": method,
-            "embedder": embedder or METHODS[method].embedder,
-            "hierarchy": PETS,
-            "data": "abc",
-            "settings": dict.fromkeys(DECISIVE_FLAGS),
-            "base": None,
-            "step": 0,
-        }
+        self.description = ModelDescription(
+            model=model,
+            image_size=64,
+            latent_size=8,
+            channels=4,
+            vae="mse",
+            method=method,
+            embedder=embedder or METHODS[method].embedder,
+            hierarchy=PETS,
+            data="abc",
+            settings=dict.fromkeys(DECISIVE_FLAGS),
+        )
         torch.manual_seed(seed)
         self.model = build_model(self.description)
         self.chosen = select(self.model, METHODS[method])
         if path:
-            self.description["base"] = init_from(self.model, self.chosen, path)
+            self.change(base=init_from(self.model, self.chosen, path))
         self.ema = EMA(self.chosen, 0.5)
         self.optimizer = torch.optim.AdamW(self.chosen.values(), lr=1e-2, weight_decay=0, fused=True)
 
+    def change(self, **changes):
+        self.description = replace(self.description, **changes)
+
     def steps(self, count):
         for _ in range(count):
-            generator = torch.Generator().manual_seed(self.description["step"])
+            generator = torch.Generator().manual_seed(self.description.step)
             x, noise = torch.randn(2, 5, 4, 8, 8, generator=generator)
             t = torch.randint(0, 1000, (5,), generator=generator)
             inputs = {"y": torch.arange(5), "force_drop_ids": torch.tensor([0, 0, 1, 1, 0])}
@@ -70,8 +73,8 @@ class Run:
             self.optimizer.zero_grad()
             losses["loss"].mean().backward()
             self.optimizer.step()
-            self.ema.update(self.description["step"])
-            self.description["step"] += 1
+            self.ema.update(self.description.step)
+            self.change(step=self.description.step + 1)
         return self
 
     def averaged(self):
@@ -90,7 +93,7 @@ class Run:
         check_same_run(path, saved, self.description, allow_changes=False)
         load_base_of(path, saved, self.model)
         assert same(self.load(path, tensors, saved), KEPT)
-        self.description |= {key: saved[key] for key in ("base", "step")}
+        self.change(base=saved.base, step=saved.step)
         return self
 
     def load(self, path, tensors, saved):
@@ -115,13 +118,9 @@ def test_base_and_adapter_are_the_average_model(method, plain, tmp_path):
     model, description = load_adapted(path)
     assert not model.training and same(model.state_dict(), run.averaged())
     assert not same(run.averaged(), run.model.state_dict())
-    assert (
-        description["step"] == 2
-        and description["hierarchy"] == PETS
-        and description["hierarchy"].classes == PETS.classes
-    )
-    assert description["base"] == {"path": str(plain), "sha256": sha256(plain)}
-    assert read_weights(path)[0].keys() == run.chosen.keys() == description["trained"]
+    assert description.step == 2 and description.hierarchy == PETS and description.hierarchy.classes == PETS.classes
+    assert description.base == Base(str(plain), sha256(plain))
+    assert read_weights(path)[0].keys() == run.chosen.keys() == description.trained
     assert is_adapter(path) and not is_adapter(plain) and not is_adapter(tmp_path) and not is_adapter(None)
 
 
@@ -146,10 +145,10 @@ def test_a_fine_tune_of_a_fine_tune(plain, tmp_path):
     first = Run("finediffusion", plain).steps(1)
     path = first.save(tmp_path / "first.safetensors")
     again = Run("finediffusion", path)
-    assert same(again.model.state_dict(), first.averaged()) and again.description["base"] == first.description["base"]
+    assert same(again.model.state_dict(), first.averaged()) and again.description.base == first.description.base
     # BitFit leaves the norms that the first one trained: its base is the first adapter, on the DiT
     second = Run("bitfit", path, embedder="tiered").steps(1)
-    assert second.description["base"] == {"path": str(path), "sha256": sha256(path)}
+    assert second.description.base == Base(str(path), sha256(path))
     for run in (again.steps(1), second):
         last = run.save(tmp_path / "last.safetensors")
         assert same(load_adapted(last)[0].state_dict(), run.averaged()) and same(
@@ -180,7 +179,7 @@ def test_an_adapter_of_another_model(plain, tmp_path):
         Run("finediffusion", path, model="wide")
     with refusal("does not fit this model", "unexpected blocks.0.gamma_attn"):
         Run("finediffusion", Run("difffit", plain).save(tmp_path / "difffit.safetensors"))
-    run.description["model"] = "wide"
+    run.change(model="wide")
     with refusal("adapter.safetensors does not fit this model", "of another shape"):
         load_adapted(run.save(path))
 
@@ -241,17 +240,17 @@ def test_states_of_another_run(other, plain, tmp_path):
 def test_settings_that_a_state_was_not_begun_with(key, value, plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
     _, _, saved = latest_valid_state([run.save_state(tmp_path / "state.safetensors")])
-    check_same_run("here.safetensors", saved, run.description | {"step": 0}, allow_changes=False)
+    check_same_run("here.safetensors", saved, replace(run.description, step=0), allow_changes=False)
     flag = f"--{key.replace('_', '-')}"
     for allow in (False, True):
         with refusal(f"here.safetensors was begun with {flag}", "continue with the settings it was begun"):
-            check_same_run("here.safetensors", saved, run.description | {key: value}, allow)
+            check_same_run("here.safetensors", saved, replace(run.description, **{key: value}), allow)
 
 
 def test_changes_that_decide_the_numbers_need_a_flag(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
     _, _, saved = latest_valid_state([run.save_state(tmp_path / "state.safetensors")])
-    now = run.description | {"data": "other", "settings": run.description["settings"] | {"lr": 0.5}}
+    now = replace(run.description, data="other", settings=run.description.settings | {"lr": 0.5})
     with refusal(r"was begun with --lr None \(now 0.5\), other images or labels: continue", "--allow-changes"):
         check_same_run("here.safetensors", saved, now, allow_changes=False)
     check_same_run("here.safetensors", saved, now, allow_changes=True)
@@ -259,7 +258,7 @@ def test_changes_that_decide_the_numbers_need_a_flag(plain, tmp_path):
 
 def test_a_model_to_train_or_to_sample_from_needs_the_map_of_parents(tmp_path):
     run = Run("finediffusion")
-    unknown = run.description | {"hierarchy": Hierarchy(PETS.classes, PETS.superclasses, None, "pets")}
+    unknown = replace(run.description, hierarchy=Hierarchy(PETS.classes, PETS.superclasses, None, "pets"))
     with refusal("pets: only names and counts are known here"):
         build_model(unknown)
     sizes = {name: p.shape for name, p in run.model.named_parameters()}
@@ -279,6 +278,6 @@ def test_an_adapter_of_another_hierarchy_brings_no_table(plain, tmp_path):
     save_adapter(path, run.ema.average, run.model, run.description)
     table = read_weights(path)[0][TABLE]
     for hierarchy, kept in ((PETS, True), (VETS, False)):
-        model = build_model(run.description | {"hierarchy": hierarchy})
+        model = build_model(replace(run.description, hierarchy=hierarchy))
         init_from(model, run.chosen, path, hierarchy, seed=1)
         assert model.state_dict()[TABLE].equal(table) == kept

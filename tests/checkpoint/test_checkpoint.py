@@ -6,13 +6,15 @@ import hashlib
 import http.server
 import io
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny_models import PETS, TinyDiT, awake, golden, refusal, same
+from helpers.tiny_models import PETS, TinyDiT, awake, described, golden, refusal, same
 from safetensors.torch import save_file
 
 from checkpoint import download
+from checkpoint.description import Base
 from checkpoint.download import DIT_FILES, download_file, find_weights
 from checkpoint.format import read_weights
 from checkpoint.loading import TABLE, build_model, init_from, load_weights
@@ -21,7 +23,7 @@ from models import DiT_models
 from runtime.files import atomic_write, sha256
 
 PLAIN = {key.removeprefix("state/"): value for key, value in golden("plain_dit")[0].items() if "state/" in key}
-TINY = {"model": "tiny", "latent_size": 8, "channels": 4, "hierarchy": PETS, "method": "finediffusion"}
+TINY = described(PETS, model="tiny", latent_size=8, channels=4)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def plain(tmp_path):
 
 
 def tiered():
-    return build_model(TINY | {"embedder": "tiered"})
+    return build_model(TINY)
 
 
 # ---- files of others --------------------------------------------------------------------------------------------------
@@ -57,11 +59,11 @@ def test_a_plain_dit_leaves_norms_and_the_table_new(plain):
 def test_start_draws_a_table_of_another_shape(plain, table_init):
     model = awake(tiered())
     base = init_from(model, [], plain, table_init=table_init, table_std=0.5, seed=3)
-    assert base == {"path": str(plain), "sha256": sha256(plain)}
+    assert base == Base(str(plain), sha256(plain))
     drawn = torch.randn(7, 32, generator=torch.Generator().manual_seed(3)) * 0.5
     around = PLAIN[TABLE].mean(0) if table_init == "mean" else 0
     assert model.state_dict()[TABLE].equal(drawn + around)
-    model = awake(build_model(TINY | {"embedder": "null"}))  # the same shape: the file's own
+    model = awake(build_model(replace(TINY, embedder="null")))  # the same shape: the file's own
     init_from(model, [], plain, table_init=table_init)
     assert model.state_dict()[TABLE].equal(PLAIN[TABLE])
 
@@ -82,7 +84,7 @@ def test_the_official_form_loads_strictly(tmp_path, kept, prefix, zipped):
     torch.save(record, tmp_path / "0000100.pt", _use_new_zipfile_serialization=zipped)
     tensors, description = read_weights(tmp_path / "0000100.pt")
     assert (
-        description == {}
+        description is None
         and load_weights(ours, tensors, "official") == []
         and same(ours.state_dict(), theirs.state_dict())
     )

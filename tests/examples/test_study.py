@@ -54,7 +54,7 @@ def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
     # the control was trained under other superclasses
     folder = tmp_path / "out/runs/finediffusion-shuffled-0"
     description = study.load_adapted(max((folder / "adapters").glob("*")))[1]
-    assert description["hierarchy"].parents.equal(study.shuffled(Hierarchy.load(tmp_path / "data/train")).parents)
+    assert description.hierarchy.parents.equal(study.shuffled(Hierarchy.load(tmp_path / "data/train")).parents)
     # once more: nothing is trained or sampled again
     monkeypatch.setattr(study, "sample", None)
     before = (tmp_path / "out/study.md").read_text()

@@ -3,11 +3,12 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.tiny_files import random_dit
+from helpers.tiny_files import random_dit, save_record
 from PIL import Image
 
 from checkpoint.format import read_weights, save_safetensors
@@ -39,8 +40,11 @@ def described(**changes):
 
     def make(path, file):
         tensors, description = read_weights(file("adapter"))
-        base = description["base"] | {"path": str(file(changes["base"]))} if "base" in changes else description["base"]
-        save_safetensors(path, tensors, description | changes | {"base": base})
+        if "base" in changes:
+            base = replace(description.base, path=str(file(changes["base"])))
+            description = replace(description, base=base)
+        more = {name: value for name, value in changes.items() if name != "base"}
+        save_record(path, tensors, description.to_record() | more, description.hierarchy)
 
     return make
 

@@ -10,11 +10,12 @@ import zipfile
 import numpy as np
 import torch
 from helpers.images import bomb
-from helpers.tiny_files import random_dit
+from helpers.tiny_files import random_dit, save_record
 from helpers.tiny_latents import write_latents
 from safetensors.torch import save_file
 
-from checkpoint.format import ADAPTER, file_metadata, is_adapter, save_safetensors
+from checkpoint.description import ADAPTER
+from checkpoint.format import file_metadata, is_adapter
 from checkpoint.loading import load_adapted, load_full_weights, sha256
 from dataset import latents
 from dataset.images import read_crop
@@ -109,9 +110,9 @@ def described(**changes):
         about = dict(
             model="DiT-Ti/2", image_size=8, latent_size=8, channels=3, vae="none", method="full", embedder="null"
         )
-        about |= dict(hierarchy=pets, base=None, step=1, format=ADAPTER) | changes
+        about |= dict(base=None, step=1, format=ADAPTER) | changes
         weights = random_dit(input_size=8, in_channels=3, num_classes=2)
-        save_safetensors(path, weights, about)
+        save_record(path, weights, about, pets)
 
     return write
 

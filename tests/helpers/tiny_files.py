@@ -1,5 +1,6 @@
 """Tiny images, weights and adapters on the disk."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import torch
 from helpers.tiny_models import described
 from PIL import Image
 
-from checkpoint.format import save_adapter
+from checkpoint.description import Base
+from checkpoint.format import PACKED, file_metadata, save_adapter, write_tensors
 from checkpoint.loading import build_model
 from finetune import METHODS, kind_of, select
+from hierarchy import archive
 from models import DiT_models
 from runtime.files import sha256
 
@@ -43,7 +46,7 @@ def random_dit(seed=0, affine=False, **sizes):
 
 def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more):
     """An adapter as train.py writes it, with random numbers in it -> its path."""
-    description = described(hierarchy, method, base={"path": str(base), "sha256": sha256(base)}, **more)
+    description = described(hierarchy, method, base=Base(str(base), sha256(base)), **more)
     model = build_model(description)
     counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
     random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
@@ -54,3 +57,10 @@ def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more)
 def tree(folder):
     """{path: its bytes} of all below a folder, to tell that nothing was written."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+
+
+def save_record(path, tensors, record, hierarchy):
+    """A file with any description, intact and with its digest."""
+    packed = torch.frombuffer(bytearray(archive.pack_hierarchy(hierarchy.to_dict())), dtype=torch.uint8)
+    tensors = {name: t.contiguous() for name, t in tensors.items()} | {PACKED: packed}
+    write_tensors(path, tensors, file_metadata(tensors, json.dumps(record)))

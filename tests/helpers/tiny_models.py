@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from checkpoint.description import ModelDescription
 from finetune import METHODS
 from hierarchy import Hierarchy
 from models import DiT
@@ -30,19 +31,9 @@ tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, pa
 
 
 def described(hierarchy, method="finediffusion", **more):
-    """What an adapter of a DiT-Ti/2 of 8 pixels says of itself, see checkpoint.FIELDS."""
-    return {
-        "model": "DiT-Ti/2",
-        "image_size": 8,
-        "latent_size": 8,
-        "channels": 3,
-        "vae": "none",
-        "method": method,
-        "embedder": METHODS[method].embedder,
-        "hierarchy": hierarchy,
-        "base": None,
-        "step": 7,
-    } | more
+    """The description in an adapter of a DiT-Ti/2 of 8 pixels."""
+    about = dict(model="DiT-Ti/2", image_size=8, latent_size=8, channels=3, vae="none", method=method, step=7)
+    return ModelDescription(**about | dict(embedder=METHODS[method].embedder, hierarchy=hierarchy) | more)
 
 
 def make(root, *files):

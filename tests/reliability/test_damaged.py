@@ -10,7 +10,8 @@ import torch
 from helpers.tiny_latents import NAMES, write_latents
 from helpers.tiny_models import THREE_PETS, TinyDiT, awake, refusal, same
 
-from checkpoint.format import ADAPTER, read_weights, save_adapter, save_safetensors
+from checkpoint.description import ADAPTER, Base, ModelDescription
+from checkpoint.format import read_weights, save_adapter, save_safetensors
 from checkpoint.loading import build_model, load_adapted, load_base_weights
 from dataset import latents
 from dataset.latents import LatentData
@@ -104,7 +105,7 @@ def described(model="tiny", **changes):
     about |= dict(
         model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(DECISIVE_FLAGS), base=None, step=7
     )
-    return about | changes
+    return ModelDescription(**about | changes)
 
 
 def state(path, seed=0, **changes):
@@ -124,7 +125,7 @@ def state(path, seed=0, **changes):
 def adapter(path, base):
     model = awake(build_model(described()))
     averages = {name: p.detach() for name, p in select(model, METHODS["finediffusion"]).items()}
-    save_adapter(path, averages, model, described(base={"path": str(base), "sha256": sha256(base)}))
+    save_adapter(path, averages, model, described(base=Base(str(base), sha256(base))))
     return path
 
 
@@ -172,7 +173,7 @@ def whole(tiny, tmp_path):
         return tensors
 
     def read_base(path):
-        return load_base_weights({"path": str(base), "sha256": base_hash}, "adapter.safetensors", path)
+        return load_base_weights(Base(str(base), base_hash), "adapter.safetensors", path)
 
     base_hash = sha256(base)
     cases = {
@@ -227,7 +228,7 @@ def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
         newest.write_bytes(changed(content, chance)[0])
         said = []
         path, tensors, description = latest_valid_state([newest, before], said.append)
-        assert path == before and same(tensors, expected) and description["step"] == 7
+        assert path == before and same(tensors, expected) and description.step == 7
         assert (
             len(said) == 1
             and "8.safetensors is damaged" in said[0]
@@ -242,7 +243,7 @@ def test_a_state_of_another_step_is_taken_as_a_whole(tiny, tmp_path):
     expected = read_weights(paths[0])[0]
     paths[0].replace(paths[1])
     _, tensors, description = latest_valid_state([paths[1]])
-    assert same(tensors, expected) and description["step"] == 7
+    assert same(tensors, expected) and description.step == 7
 
 
 # ---- statistics and files of others: a checksum of the zip for each member -------------------------

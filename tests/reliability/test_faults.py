@@ -108,7 +108,7 @@ def at_operations(root, act, step=6):
 
     They are those below `root` that Python itself reports, whoever asks for them, with fsync and the writer of safetensors.
     """
-    save, write, armed = train.save, logger.Watch.write, []
+    save, write, armed = train.save_checkpoint, logger.Watch.write, []
 
     def met(name, path=""):
         if armed and (path.startswith(str(root)) or not path):
@@ -132,7 +132,7 @@ def at_operations(root, act, step=6):
         met("end")
         armed.clear()
 
-    train.save, logger.Watch.write = saved, written
+    train.save_checkpoint, logger.Watch.write = saved, written
     os.fsync, format.save_file = before(os.fsync, "fsync"), before(format.save_file, "save_file")
     sys.addaudithook(lambda event, arguments: event in EVENTS and met(event, str(arguments[0])))
 
@@ -320,7 +320,10 @@ def test_signals_to_torchrun(run, cases, figure):
             assert process.wait(timeout=60) != 0
         (path,) = list_states(folder)
         step, before = int(path.stem), step
-        assert f"asked to leave: the state of step {step} is saved" in (run.root / "said").read_text() and step > before
+        assert (
+            f"state of step {step} saved; run the same command to resume" in (run.root / "said").read_text()
+            and step > before
+        )
         assert step - json.loads(lines(rows)[-1])["step"] in (0, 1)  # rows are written every two steps
         assert not running("-f", f"{run.root}.*--experiment asked")
     for name in ("asked", "never asked"):
@@ -331,7 +334,7 @@ def test_signals_to_torchrun(run, cases, figure):
 
 def test_an_error_nobody_foresaw_ends_the_process(run):
     """Although the workers of its DataLoader ignore the signal by which they are ended, so that torchrun can start anew."""
-    fault = "import train; train.one_step = None; train.run_command(train.main)"
+    fault = "import train; train.train_step = None; train.run_command(train.main)"
     command = [sys.executable, "-c", fault, *map(str, run.flags("fault", 4))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "TypeError: 'NoneType' object is not callable" in result.stderr

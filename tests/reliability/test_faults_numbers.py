@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.launch import launch
 from helpers.tiny_files import tree
 from helpers.tiny_runs import SAVING, differences, outcome
@@ -51,7 +52,7 @@ def run(images, base, command, tmp_path_factory):
 
 def by_steps(seen, spoil, step):
     """Have train.py write each step (from 0) that it begins to the file `seen`, with `spoil()` in force during `step`."""
-    one_step = train.one_step
+    one_step = train.train_step
 
     def stepped(args, run, now, *batch):
         with open(seen, "a") as file:
@@ -60,7 +61,7 @@ def by_steps(seen, spoil, step):
         one_step(args, run, now, *batch)
         undo()
 
-    train.one_step = stepped
+    train.train_step = stepped
 
 
 def replaced(owner, name, after):
@@ -266,7 +267,7 @@ def test_a_step_can_be_passed_over(kind, run):
 def test_after_a_bad_step_nothing_moves_until_the_run_stops():
     """The optimizer is not asked: the device alone holds it back, and for good."""
     p = torch.nn.Parameter(torch.ones(3))
-    accelerator = train.Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW([p], lr=0.1, fused=True))
     update = GuardedOptimizer(accelerator, optimizer, [p], sticky=True)
     values = []

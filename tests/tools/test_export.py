@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from autoencoder import load_autoencoder
+from checkpoint.description import Base, ModelDescription
 from checkpoint.format import read_weights, save_adapter
 from checkpoint.loading import build_model, load_adapted, load_weights
 from diffusion import create_diffusion, space_timesteps
@@ -303,18 +304,17 @@ def test_half_precision(folder, pipe, tmp_path_factory):
 def latent_adapter(images, tmp_path_factory):
     """A model of 8 x 8 x 4 latents under examples/glyphs/vae, without a base; a plain DiT with a null class."""
     hierarchy = replace(Hierarchy.from_folder(images), name="pets")
-    description = {
-        "model": "DiT-Ti/2",
-        "image_size": 64,
-        "latent_size": 8,
-        "channels": 4,
-        "vae": str(ROOT / "examples/glyphs/vae"),
-        "method": "bitfit",
-        "embedder": "null",
-        "hierarchy": hierarchy,
-        "base": None,
-        "step": 3,
-    }
+    description = ModelDescription(
+        model="DiT-Ti/2",
+        image_size=64,
+        latent_size=8,
+        channels=4,
+        vae=str(ROOT / "examples/glyphs/vae"),
+        method="bitfit",
+        embedder="null",
+        hierarchy=hierarchy,
+        step=3,
+    )
     model = build_model(description)
     averages = random_dit(4, affine=True, input_size=8, in_channels=4, num_classes=5)
     path = tmp_path_factory.mktemp("latent") / "adapter.safetensors"
@@ -334,7 +334,7 @@ def latent_pipe(latent_adapter, command, tmp_path_factory):
 
 def test_pictures_of_an_autoencoder(latent_pipe, latent_adapter):
     model, description = load_adapted(latent_adapter)
-    autoencoder = load_autoencoder(description["vae"])
+    autoencoder = load_autoencoder(description.vae)
     expected = autoencoder.decode(sampled(model, [0, 4]))
     results = {}
     for kind in ("pil", "np", "pt"):
@@ -424,7 +424,7 @@ def test_the_card_names_the_licence_of_the_base(adapter):
     description = load_adapted(adapter)[1]
     text = export.card(description, "me/pets")
     assert "license: other" in text and "$" not in text and 'from_pretrained("me/pets"' in text
-    description["base"] = {"path": "x/DiT-XL-2-256x256.pt", "sha256": "0"}
+    description = replace(description, base=Base("x/DiT-XL-2-256x256.pt", "0"))
     assert "license: cc-by-nc-4.0" in export.card(description, "me/pets")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -14,7 +15,8 @@ from helpers.tiny_models import described, refusal
 from PIL import Image
 
 import sample
-from checkpoint.format import ADAPTER, read_weights, save_safetensors
+from checkpoint.description import ADAPTER
+from checkpoint.format import read_weights, save_safetensors
 from checkpoint.loading import TABLE, build_model
 from finetune import METHODS, select
 from hierarchy import Hierarchy
@@ -243,7 +245,7 @@ def runs(tmp_path):
         folder.mkdir(parents=True)
         rows, files[name] = [], []
         for step, fid in (fids or {100: 20.0, 200: 10.0}).items():
-            description = described(hierarchy, method, step=step, format=ADAPTER) | changes
+            description = replace(described(hierarchy, method, step=step, format=ADAPTER), **changes)
             adapter, file = (
                 folder / f"adapters/{step:07d}.safetensors",
                 tmp_path / f"evaluation/{name}-{step}/metrics.json",

@@ -146,7 +146,7 @@ def test_workers_end_with_the_run_whatever_ends_it(trained, monkeypatch):
     def fails(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(train, "one_step", fails)
+    monkeypatch.setattr(train, "train_step", fails)
     with pytest.raises(RuntimeError):
         trained(lambda pets: None, "--num-workers", 2)
     assert not multiprocessing.active_children()

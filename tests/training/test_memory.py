@@ -1,12 +1,14 @@
 """What a run takes: of a GPU's memory, said before the first step, and of the disk."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.tiny_models import ROOT, tiny_dit
 
 import train
+from checkpoint.description import Base, ModelDescription
 from checkpoint.format import save_adapter
 from checkpoint.loading import build_model
 from finetune import METHODS, kind_of, select
@@ -92,7 +94,7 @@ def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch)
     flags = "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 20 --num-workers 0".split()
     result = command(train.main, *flags, "--data-path", images, "--resume", base, "--results-dir", tmp_path)
     sentence = result.err.strip().split("\n")[-1]
-    assert result.code == 2 and "full with 20 images in a pass (CUDA out of memory), expected room" in sentence
+    assert result.code == 2 and "full with 20 images in a forward pass (CUDA out of memory), expected room" in sentence
     assert "--micro-batch 10" in sentence and "--grad-checkpointing" in sentence
 
 
@@ -107,16 +109,20 @@ def written(tmp_path_factory):
         rows = SHARED.read_text().splitlines()[1:]
         hierarchy = Hierarchy.from_class_names([row.split(",")[1] for row in rows])
     flags = {name: None for name in DECISIVE_FLAGS}
-    description = {
-        "model": "DiT-XL/2",
-        "image_size": 256,
-        "latent_size": 32,
-        "channels": 4,
-        "vae": "mse",
-        "step": 200_000,
-    }
-    description |= {"method": "finediffusion", "embedder": "tiered", "hierarchy": hierarchy, "settings": flags}
-    description |= {"base": {"path": "pretrained_models/DiT-XL-2-256x256.pt", "sha256": "0" * 64}, "data": "0" * 64}
+    description = ModelDescription(
+        model="DiT-XL/2",
+        image_size=256,
+        latent_size=32,
+        channels=4,
+        vae="mse",
+        method="finediffusion",
+        embedder="tiered",
+        hierarchy=hierarchy,
+        step=200_000,
+        base=Base("pretrained_models/DiT-XL-2-256x256.pt", "0" * 64),
+        data="0" * 64,
+        settings=flags,
+    )
     with torch.device("meta"):
         model = build_model(description)
     zeros = {name: torch.zeros(p.shape) for name, p in select(model, METHODS["finediffusion"]).items()}
@@ -126,7 +132,7 @@ def written(tmp_path_factory):
     optimizer = torch.optim.AdamW(parameters.values())
     optimizer.state = {p: {"step": torch.ones(()), "exp_avg": p + 0, "exp_avg_sq": p + 0} for p in parameters.values()}
     kept = {"terms": torch.zeros(100, 4, 256), "norms": torch.zeros(100)}
-    save_state(folder / "state", parameters, zeros, optimizer, kept, description | {"scaler": None, "epoch": 0})
+    save_state(folder / "state", parameters, zeros, optimizer, kept, replace(description, epoch=0))
     total = sum(p.numel() for p in model.parameters())
     return {path.name: path.stat().st_size for path in folder.iterdir()} | {"parameters": total}
 

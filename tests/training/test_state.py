@@ -78,7 +78,7 @@ def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monke
     for name in Signals.CODES:
         signal.signal(name, signal.SIG_DFL if name != signal.SIGINT else signal.default_int_handler)
     signal.signal(signal.SIGTERM, before)
-    assert result.code == code and "the state of step 5 is saved, the same command goes on" in result.out
+    assert result.code == code and "state of step 5 saved; run the same command to resume" in result.out
     folder = flags.root / number
     assert [path.stem for path in list_states(folder)] == ["0000005", "0000003"]
     assert command(train.main, *flags(number)).code == 0

@@ -76,7 +76,7 @@ def grid(args):
         there = sorted(set(folder.labels.tolist()))
     else:
         source = gallery.opened(args, args.ckpt)
-        hierarchy = source.description["hierarchy"]
+        hierarchy = source.description.hierarchy
         there = range(hierarchy.num_classes)
     there = chosen(args, hierarchy) if args.classes else there
     rows = [[c for c in there if hierarchy.parents[c] == s] for s in range(hierarchy.num_super_classes)]
@@ -99,10 +99,10 @@ def compare(args):
             raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
     about = {name: read_description(path) for name, path in adapters.items()}
     first = next(iter(about.values()))
-    hierarchy, size = first["hierarchy"], max(each["image_size"] for each in about.values())
+    hierarchy, size = first.hierarchy, max(each.image_size for each in about.values())
     labels = chosen(args, hierarchy)
     columns = {"Real": gallery.real_images(args.real, hierarchy, labels, size)}
-    own = {name: [each["hierarchy"].find(hierarchy.classes[label]) for label in labels] for name, each in about.items()}
+    own = {name: [each.hierarchy.find(hierarchy.classes[label]) for label in labels] for name, each in about.items()}
     for name, path in adapters.items():
         columns[name] = gallery.sampled(args, gallery.opened(args, path), own[name], labels, name)
     return beside(hierarchy, labels, columns)
@@ -116,7 +116,7 @@ def text_to_image(args):
         check_range(args, pipeline_steps=(1, 1000))
     pipeline = gallery.load_pipeline(args.pipeline)
     source = gallery.opened(args, args.ckpt)
-    hierarchy, size = source.description["hierarchy"], source.description["image_size"]
+    hierarchy, size = source.description.hierarchy, source.description.image_size
     if hierarchy.numbered:
         raise ValueError(
             f"{hierarchy.name} has only numbers for classes, expected names for the prompts: pass the image folder as "

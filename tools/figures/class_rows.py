@@ -16,7 +16,7 @@ def table_of(path, spec=None):
     """(class rows (N, D), superclass rows (S, D) or None, hierarchy) of an adapter, or of a checkpoint with the hierarchy
     `spec`; float32."""
     tensors, description = read_weights(find_weights(path))
-    hierarchy = Hierarchy.load(spec) if spec else description.get("hierarchy")
+    hierarchy = Hierarchy.load(spec) if spec else description and description.hierarchy
     if hierarchy is None:
         raise ValueError(f"{path} does not know the superclasses of its classes: pass --hierarchy, such as inat2021.")
     rows = tensors.get(TABLE)

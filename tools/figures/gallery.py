@@ -29,7 +29,7 @@ def opened(args, path):
         model=model,
         description=description,
         autoencoder=autoencoder,
-        guidance=build_guidance(args, model, description),
+        guidance=build_guidance(args, model),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.description import ModelDescription
 from checkpoint.format import read_description
 from checkpoint.loading import build_model
 from evaluation.reports import flat
@@ -38,7 +39,7 @@ class Score:
     """run          the name it goes by
     path         of the metrics.json
     report       its content
-    description  the adapter's: "method", "step", "hierarchy", ...
+    description  of the adapter
     figures      {key: number}, those of all images, "trained_params" and "trained_percent", and where metrics.jsonl goes as
                  far as the adapter "hours" of training and "images_per_s"
     """
@@ -46,12 +47,12 @@ class Score:
     run: str
     path: str
     report: dict
-    description: dict
+    description: ModelDescription
     figures: dict
 
     @property
     def step(self):
-        return self.description["step"]
+        return self.description.step
 
     def figure(self, key):
         """ValueError where there is no such number."""
@@ -108,7 +109,7 @@ def price(description):
     """How many parameters the method of a description trains, and their share in per cent."""
     with torch.device("meta"):
         model = build_model(description)
-    trained = sum(p.numel() for p in select(model, METHODS[description["method"]]).values())
+    trained = sum(p.numel() for p in select(model, METHODS[description.method]).values())
     total = sum(p.numel() for p in model.parameters())
     return {"trained_params": trained, "trained_percent": 100 * trained / total}
 
@@ -140,7 +141,7 @@ def match(runs, paths):
             )
         name, adapter = adapters[digest]
         description = read_description(adapter)
-        figures = flat(reports[path]["overall"]) | price(description) | pace(runs[name], description["step"])
+        figures = flat(reports[path]["overall"]) | price(description) | pace(runs[name], description.step)
         scores.append(Score(name, path, reports[path], description, figures))
     order = list(runs)
     return sorted(scores, key=lambda score: (order.index(score.run), score.step))
@@ -190,12 +191,12 @@ ABSENT = "–"
 
 
 def belongs(score, table, hierarchy):
-    found, method = score.description["hierarchy"], score.description["method"]
+    found, method = score.description.hierarchy, score.description.method
     counts = found.num_classes, found.num_super_classes
     return (
         counts == (hierarchy.num_classes, hierarchy.num_super_classes)
-        and score.description["image_size"] == table["image_size"]
-        and score.description["embedder"] == METHODS[method].embedder
+        and score.description.image_size == table["image_size"]
+        and score.description.embedder == METHODS[method].embedder
     )
 
 
@@ -203,7 +204,7 @@ def fill(table, scores, methods):
     """{method: its `Score`} of a table; ValueError where there are two for one."""
     hierarchy, found = Hierarchy.load(table["hierarchy"]), {}
     for score in scores:
-        method = score.description["method"]
+        method = score.description.method
         if method in methods and belongs(score, table, hierarchy):
             if method in found:
                 raise ValueError(
@@ -285,8 +286,8 @@ def paper_tables(paper, scores):
         if score.path not in used:
             about = score.description
             raise ValueError(
-                f"{score.path} is in no table of the paper ({about['method']}, {about['embedder']} embedder, "
-                f"{about['hierarchy']!r}, {about['image_size']} pixels): leave it out."
+                f"{score.path} is in no table of the paper ({about.method}, {about.embedder} embedder, "
+                f"{about.hierarchy!r}, {about.image_size} pixels): leave it out."
             )
     head = f'{paper["paper"]}, beside ours. {ABSENT} under "paper": not at hand; under "ours": not measured. {paper["note"]}'
     sources = "\n".join(["The paper's figures:", "", *(f"- {text}." for text in paper["sources"])])

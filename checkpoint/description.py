@@ -1,0 +1,116 @@
+"""What an adapter or a training state says about its model: one schema, read and written as JSON."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from finetune import METHODS
+from hierarchy import Hierarchy
+from models import DiT_models
+
+ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
+MOST_PIXELS, MOST_CHANNELS = 1 << 14, 1 << 10
+
+
+@dataclass(frozen=True)
+class Base:
+    """The file of weights that an adapter was trained on.
+
+    path    where it was when the training began
+    sha256  hex digest of the file
+    """
+
+    path: str
+    sha256: str
+
+
+def checked(kind: type, check: Callable[[object], bool] = lambda value: True, **options):
+    """Return a field that every file must have, of exactly this type and passing the check."""
+    return field(metadata={"type": kind, "check": check}, **options)
+
+
+def of_state(kind: type, check: Callable[[object], bool] = lambda value: True, **options):
+    """Return a field that every training state must have."""
+    return field(metadata={"type": kind, "check": check, "format": STATE}, **options)
+
+
+def unwritten(**options):
+    """Return a field that is set while a file is read, and not written."""
+    return field(default=None, compare=False, metadata={"written": False}, **options)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model and where it came from.
+
+    model        a preset of models.DiT_models
+    image_size   pixels per side
+    latent_size  side of the latents that the model sees; image_size without an autoencoder
+    channels     channels of the latents; 3 without an autoencoder
+    vae          --vae: ema, mse, a local folder, or none
+    method       a name in finetune.METHODS
+    embedder     "tiered" (a row per class and superclass) or "null" (a row per class and a null row, as in DiT)
+    hierarchy    classes and superclasses
+    null_row     whether a tiered table ends with a null row
+    base         the weights that the trained parameters belong to; None if the file holds the complete model
+    step         optimizer steps so far
+    data         fingerprint of the images and labels trained on, see dataset.images.fingerprint
+    settings     the flags that decide a run's numbers, see training.state.DECISIVE_FLAGS
+    updates      optimizer updates so far, at most `step`: steps with non-finite gradients make none
+    epoch        epochs completed
+    scaler       state of the fp16 gradient scaler, or None
+    format       ADAPTER or STATE; None for a checkpoint of DiT or FineDiffusion, which describes nothing
+    file         the file it was read from
+    trained      names of the tensors in an adapter that belong over its base's
+    """
+
+    model: str = checked(str, lambda name: name in DiT_models)
+    image_size: int = checked(int, lambda size: 0 < size <= MOST_PIXELS)
+    latent_size: int = checked(int, lambda size: 0 < size <= MOST_PIXELS)
+    channels: int = checked(int, lambda count: 0 < count <= MOST_CHANNELS)
+    vae: str = checked(str, str.isprintable)
+    method: str = checked(str, lambda name: name in METHODS)
+    embedder: str = checked(str, lambda name: name in ("tiered", "null"))
+    hierarchy: Hierarchy = checked(Hierarchy)
+    null_row: bool = False
+    base: Base | None = None
+    step: int = checked(int, lambda step: step >= 0, default=0)
+    data: str | None = of_state(str, default=None)
+    settings: dict | None = of_state(dict, bool, default=None)
+    updates: int | None = of_state(int, lambda updates: updates >= 0, default=None)
+    epoch: int | None = None
+    scaler: dict | None = None
+    format: str | None = None
+    file: Path | None = unwritten()
+    trained: frozenset[str] | None = unwritten()
+
+    def to_record(self) -> dict:
+        """Return the JSON form, without the hierarchy, which files hold as a tensor."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("written", True)}
+        del record["hierarchy"]
+        record["base"] = vars(self.base) if self.base else None
+        optional = ("data", "settings", "updates", "epoch", "scaler", "format")
+        return {name: value for name, value in record.items() if value is not None or name not in optional}
+
+    @classmethod
+    def from_record(cls, record: object, hierarchy: Hierarchy | None) -> "ModelDescription":
+        """Read the inverse of `to_record`; unknown keys are ignored.
+
+        Raises ValueError if a required field is missing or invalid.
+        """
+        if not isinstance(record, dict) or record.get("format") not in (ADAPTER, STATE):
+            raise ValueError(f"its description is {record!r:.80}")
+        known = {f.name: f for f in fields(cls) if f.metadata.get("written", True)}
+        values = {name: record[name] for name in known if name in record} | {"hierarchy": hierarchy}
+        for name, each in known.items():
+            value = values.get(name)
+            if "type" not in each.metadata or each.metadata.get("format", record["format"]) != record["format"]:
+                continue
+            if type(value) is not each.metadata["type"] or not each.metadata["check"](value):
+                raise ValueError(f"its description has {name} {value!r:.80}")
+        base = values.get("base")
+        if base is not None:
+            if not isinstance(base, dict) or [type(base.get(key)) for key in ("path", "sha256")] != [str, str]:
+                raise ValueError(f"its description has base {base!r:.80}")
+            values["base"] = Base(base["path"], base["sha256"])
+        return cls(**values)

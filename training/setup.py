@@ -1,0 +1,290 @@
+"""Set up a training run: processes, data, model, optimizer, and the state that it resumes from."""
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from autoencoder import Autoencoder, load_autoencoder
+from checkpoint.description import ModelDescription
+from checkpoint.download import find_starting_weights
+from checkpoint.loading import build_model, init_from
+from dataset.images import ImageData
+from dataset.latents import LatentData
+from finetune import EMA, METHODS, adamw, select, store_frozen
+from hierarchy import Hierarchy
+from hierarchy.hierarchy import check_counts
+from models import DiT
+from runtime.device import DTYPES, resolve_precision
+from runtime.files import Lock, atomic_write
+from runtime.processes import run_on_main, start_processes
+from training import memory
+from training.batches import StepBatches
+from training.logger import Watch
+from training.state import (
+    DECISIVE_FLAGS,
+    check_same_run,
+    latest_valid_state,
+    load_base_of,
+    load_state,
+    lock_run_dir,
+    resolve_run_dir,
+)
+from training.step import GuardedOptimizer
+
+
+@dataclass
+class Run:
+    """The parts of a training run.
+
+    accelerator  the processes, the precision, the trackers
+    folder       results/NAME
+    lock         keeps other launches out of the folder
+    data         images or cached latents
+    batches      the rows of every step, and this process's share of them
+    autoencoder  pixels to latents and back
+    description  what adapters and states say of the model, as of the first step
+    model        the DiT; its frozen weights may be in half precision
+    wrapped      the model as DDP calls it
+    parameters   the trained ones, by name
+    ema          their averages
+    optimizer    AdamW, prepared by accelerate
+    update       the optimizer's step with a guard against non-finite gradients
+    passes       forward passes in which a process works through its share of a batch
+    watch        the training log
+    step         optimizer steps so far
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    lock: Lock
+    data: ImageData | LatentData
+    batches: StepBatches
+    autoencoder: Autoencoder
+    description: ModelDescription
+    model: DiT
+    wrapped: nn.Module
+    parameters: dict[str, nn.Parameter]
+    ema: EMA
+    optimizer: AcceleratedOptimizer
+    update: GuardedOptimizer
+    passes: int
+    watch: Watch
+    step: int
+
+
+def begin(args: argparse.Namespace) -> Run:
+    """Set up a run at the step where it starts or resumes.
+
+    Called by all processes. Raises ValueError for flags that do not fit the data, the weights or the run's state.
+    """
+    # Set up processes and find the run's folder:
+    accelerator, folder, states, precision = start_accelerator(args)
+    half = DTYPES[precision]
+
+    # Set up data:
+    autoencoder = load_autoencoder(args.vae, accelerator.device, half)
+    data, hierarchy = open_data(args, autoencoder, accelerator)
+    batches = order_batches(args, data, accelerator)
+
+    # Build the model, on its base weights or from the newest state:
+    latent_size = autoencoder.latent_size(args.image_size)
+    description = describe(args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision)
+    path, tensors, saved = latest_valid_state(states, print if accelerator.is_main_process else lambda text: None)
+    torch.manual_seed(args.global_seed)
+    model = build_model(description, args.class_dropout_prob)
+    parameters = select(model, METHODS[args.method])
+    if path:
+        check_same_run(path, saved, description, args.allow_changes)
+        load_base_of(path, saved, model, args.resume)
+        description = replace(description, base=saved.base, step=saved.step)
+    else:
+        description = replace(description, base=start_from_base(args, accelerator, model, parameters, hierarchy))
+    store_frozen(model, half)
+    model.to(accelerator.device).train()
+    model.grad_checkpointing = args.grad_checkpointing
+    ema = EMA(parameters, args.ema_decay, args.ema_warmup)
+    optimizer = adamw(parameters, args.lr, args.table_lr)
+
+    # From here on the folder is ours:
+    lock = run_on_main(accelerator, lock_run_dir, folder)
+    batches.start_step = description.step
+    kept = load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
+    if path and accelerator.scaler and saved.scaler:
+        accelerator.scaler.load_state_dict(saved.scaler)
+
+    # Start the log:
+    stop = args.on_nonfinite == "stop"
+    watch = Watch(accelerator, folder, batches, data, kept, stop, args.max_bad_images)
+    passes = args.grad_accum if not args.micro_batch else -(-batches.share // args.micro_batch)
+    settings = vars(args) | {"mixed_precision": precision}
+    log_run_summary(settings, watch, model, parameters, hierarchy, -(-batches.share // passes), autoencoder)
+
+    # Compile, and wrap for several processes:
+    if args.compile:
+        model.compile_blocks()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.num_processes > 1:
+        exchanged = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
+        watch.say(f"gradients exchanged in a step: {exchanged / 1e6:.1f} MB")
+    update = GuardedOptimizer(accelerator, optimizer, parameters.values(), args.clip_grad, sticky=stop)
+    return Run(
+        accelerator,
+        folder,
+        lock,
+        data,
+        batches,
+        autoencoder,
+        description,
+        model,
+        wrapped,
+        parameters,
+        ema,
+        optimizer,
+        update,
+        passes,
+        watch,
+        description.step,
+    )
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list[Path], str]:
+    """Return the accelerator, the run's folder, its states from new to old, and the precision in use."""
+    process = start_processes()
+    default_name = f"{args.model.replace('/', '-')}-{args.method}"
+    folder, states = resolve_run_dir(args.results_dir, args.experiment, args.resume, default_name)
+    process.wait_for_everyone()  # before any process makes the folder
+    precision = resolve_precision(args.mixed_precision, process.device)
+    if precision != args.mixed_precision and process.is_main_process:
+        print(f"{torch.cuda.get_device_name()} does not compute in {args.mixed_precision}: using {precision}.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"The launch is for {accelerator.distributed_type.value}, expected plain data parallelism, in which the full "
+            "DiT-XL/2 fits a GPU of 32 GB: launch with torchrun."
+        )
+    return accelerator, folder, states, precision
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def open_data(
+    args: argparse.Namespace, autoencoder: Autoencoder, accelerator: Accelerator
+) -> tuple[ImageData | LatentData, Hierarchy]:
+    """Open --latents or --data-path and check it against the flags."""
+    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
+    if args.latents:
+        data = LatentData(args.latents, hierarchy)
+        data.check(autoencoder, args.image_size, args.flip)
+        data.verify(accelerator.process_index, accelerator.num_processes)
+        hierarchy = hierarchy or data.hierarchy
+    else:
+        hierarchy = hierarchy or Hierarchy.from_folder(args.data_path)
+        data = ImageData(args.data_path, hierarchy, args.image_size)
+    check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    return data, hierarchy
+
+
+def order_batches(args: argparse.Namespace, data: ImageData | LatentData, accelerator: Accelerator) -> StepBatches:
+    """Return the sampler of this process's rows, to the last step of the run."""
+    place = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(len(data), args.global_batch_size, args.global_seed, *place)
+    batches.max_steps = args.max_steps or args.epochs * batches.steps_per_epoch
+    return batches
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+
+def describe(
+    args: argparse.Namespace,
+    hierarchy: Hierarchy,
+    latent_size: int,
+    channels: int,
+    fingerprint: str | None = None,
+    precision: str | None = None,
+) -> ModelDescription:
+    """Return the description of a run that has not begun.
+
+    fingerprint: of the data. precision: the one in use, if it is not --mixed-precision.
+    """
+    settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
+    return ModelDescription(
+        model=args.model,
+        image_size=args.image_size,
+        latent_size=latent_size,
+        channels=channels,
+        vae=args.vae,
+        method=args.method,
+        embedder=args.embedder or METHODS[args.method].embedder,
+        null_row=args.null_prob > 0,
+        hierarchy=hierarchy,
+        data=fingerprint,
+        settings=settings | {"mixed_precision": precision or args.mixed_precision},
+    )
+
+
+def start_from_base(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: DiT,
+    parameters: dict[str, nn.Parameter],
+    hierarchy: Hierarchy,
+):
+    """Fill the model of a new run from --resume, and return its base."""
+    table = args.table_init, args.table_std, args.global_seed
+    with accelerator.local_main_process_first():  # one process a node downloads
+        weights = find_starting_weights(args.resume, args.model, args.image_size)
+        return init_from(model, parameters, weights, hierarchy, *table)
+
+
+# ---- log -----------------------------------------------------------------------------------------
+
+
+def log_run_summary(
+    settings: dict,
+    watch: Watch,
+    model: DiT,
+    parameters: dict[str, nn.Parameter],
+    hierarchy: Hierarchy,
+    images: int,
+    autoencoder: Autoencoder,
+):
+    """Log what the run is and the memory it takes, write args.json, and start the trackers.
+
+    settings: every flag with its value. images: in a forward pass.
+    """
+    accelerator, data = watch.accelerator, watch.data
+    text = json.dumps(settings, indent=1) + "\n"
+    run_on_main(accelerator, atomic_write, watch.folder / "args.json", lambda part: part.write_text(text))
+    count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
+    watch.say(
+        f"{watch.folder}: {settings['model']}, {settings['method']}, {count:,} trained parameters, {len(data):,} images, "
+        f"{hierarchy!r}, {world} process{'es' * (world > 1)}"
+    )
+    for warning in data.warnings:
+        watch.say(warning)
+    per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
+    need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae)
+    gpu = accelerator.device.type == "cuda"
+    watch.say(memory.describe(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
+    if accelerator.log_with:
+        settings = {name: value for name, value in settings.items() if value is not None}
+        names = {"wandb": {"name": watch.folder.name, "id": watch.folder.name, "resume": "allow"}}
+        accelerator.init_trackers("finediffusion", settings, names)
