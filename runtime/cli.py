@@ -32,7 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show the default of every flag that has one, and keep the line breaks of the examples."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+        if any(action.default is value for value in (None, False, argparse.SUPPRESS)):  # 0 is shown, and equals False
             return action.help
         return super()._get_help_string(action)
 
