@@ -22,4 +22,4 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], align: str =
     """
     marks = ["---:" if mark == "r" else "---" for mark in align.ljust(len(header), "l")]
     lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    return [lines[0], f"|{'|'.join(marks)}|", *lines[1:]]
+    return [lines[0], f"| {' | '.join(marks)} |", *lines[1:]]
