@@ -270,7 +270,7 @@ def push(folder: Path, repo: str, private: bool):
 # ---- the command -----------------------------------------------------------------------------------
 
 
-def check_args(args: argparse.Namespace):
+def check_settings(args: argparse.Namespace):
     """Raise ValueError if flags contradict each other, or --out exists or has the wrong suffix."""
     out, suffixes = Path(args.out), FORMATS[args.format]
     for flag, form in (("superclass", "dit"), ("push", "diffusers")):
@@ -286,7 +286,7 @@ def check_args(args: argparse.Namespace):
 
 def export(args: argparse.Namespace):
     """Load the model of the flags, merge its factors, and write it to --out."""
-    check_args(args)
+    check_settings(args)
     out = Path(args.out)
     if is_adapter(args.ckpt) and args.format != "diffusers":  # the autoencoder is not needed
         model, description = load_adapted(args.ckpt, args.base)

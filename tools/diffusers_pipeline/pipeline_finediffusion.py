@@ -1,4 +1,4 @@
-"""The pipeline of an exported folder: from class labels to images, guided by their superclasses.
+"""The diffusers pipeline of an exported folder: class labels to images, with superclass guidance.
 
 Shapes: N images, latents (N, C, h, w).
 """
@@ -6,6 +6,7 @@ Shapes: N images, latents (N, C, h, w).
 import difflib
 import inspect
 import math
+from collections.abc import Sequence
 from itertools import accumulate, repeat
 
 import torch
@@ -19,7 +20,12 @@ KINDS = ("superclass", "null", "chain", "none")
 
 
 class FineDiffusionPipeline(DiffusionPipeline):
-    """`transformer`: a FineDiffusionTransformer, whose config has the names; `vae`: None for a model of pixels."""
+    """Sample images of classes given by id or name.
+
+    transformer: FineDiffusionTransformer, whose config has the class names
+    vae: None for a model of pixels
+    scheduler: DDPM, DDIM, or another diffusers scheduler for noise prediction
+    """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
@@ -32,31 +38,36 @@ class FineDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels,
-        guidance_scale=4.0,
-        num_inference_steps=250,
-        generator=None,
-        guidance="superclass",
-        parent_scale=1.0,
-        guidance_interval=(0, 999),
-        guidance_channels=3,
-        eta=0.0,
-        latents=None,
-        output_type="pil",
-        return_dict=True,
-    ):
-        """Images of `class_labels`: ids, names, or parts that fit one name; one or a list of N.
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 250,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance: str = "superclass",
+        parent_scale: float = 1.0,
+        guidance_interval: tuple[int, int] = (0, 999),
+        guidance_channels: int | str = 3,
+        eta: float = 0.0,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample one image per class label.
 
-        guidance        "superclass" (arXiv 2402.18331, eq. 1; of a plain DiT its null class), "none", or with a null row
+        class_labels    one or a list of N: ids, names, or parts of a name that fit only one class
+        guidance_scale  w, 0 or more
+        num_inference_steps     1..1000
+        generator       one `torch.Generator`, or a list of N, one per image
+        guidance        "superclass" (arXiv 2402.18331, eq. 1; for a plain DiT the null class), "none", or with a null row
                         "null" (arXiv 2207.12598) and "chain": e_0 + parent_scale (e_p - e_0) + guidance_scale (e_c - e_p)
-        guidance_interval, guidance_channels    first and last timestep that are guided; 3 channels as in the official
-                        code, or "all"
-        generator       one `torch.Generator`, or a list of N, one for each image
-        eta             DDIM's, 0..1
-        latents         (N, C, h, w), the noise to begin from, standard normal
+        parent_scale    chain: scale of the superclass, 0 or more
+        guidance_interval       first and last timestep with guidance, in 0..999
+        guidance_channels       3 guides the first three channels, as in the official code; or "all"
+        eta             DDIM: 0..1
+        latents         (N, C, h, w), the initial noise, standard normal
         output_type     "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in 0..1, or "latent"
+        return_dict     False returns a tuple
 
-        ValueError for what is none of these.
+        Raises ValueError if an argument is out of its range.
         """
         many = hasattr(class_labels, "__len__") and not isinstance(class_labels, str)
         labels = [self.label_of(query) for query in (class_labels if many else [class_labels])]
@@ -78,25 +89,36 @@ class FineDiffusionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def denoise(self, x, labels, guide, steps, generator=None, eta=0.0):
-        """Noise x (N, C, h, w) -> latents (N, C, h, w) of `labels`, by the scheduler."""
-        model, keys = self.transformer, None  # keys: of what is drawn for a guidance that is not among KINDS
+    def denoise(
+        self,
+        x: torch.Tensor,
+        labels: list[int],
+        guide: Guidance,
+        steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+    ) -> torch.Tensor:
+        """Turn noise x (N, C, h, w) into latents (N, C, h, w) of `labels` with the scheduler."""
+        model, keys = self.transformer, None  # keys: only guidances outside KINDS draw random numbers
         predict = guided(model, torch.tensor(labels, device=x.device), guide, keys)
-        scheduler, model_timesteps = respaced(self.scheduler, steps)
+        scheduler, model_timesteps = respace(self.scheduler, steps)
         learned = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
         accepted = inspect.signature(scheduler.step).parameters
         options = {name: v for name, v in (("generator", generator), ("eta", eta)) if name in accepted}
         x = x * scheduler.init_noise_sigma
         for model_t, t in zip(self.progress_bar(model_timesteps), scheduler.timesteps):
-            # weights in half precision compute in it, but for what autocast keeps in float32
+            # half-precision weights compute in half precision, except for what autocast keeps in float32
             with torch.autocast(x.device.type, model.dtype, enabled=model.dtype != torch.float32):
                 out = predict(scheduler.scale_model_input(x, t), model_t.to(x.device).expand(len(x))).float()
-            out = out if learned else out[:, : x.shape[1]]  # the noise, without the variance
+            out = out if learned else out[:, : x.shape[1]]  # keep the noise, drop the variance
             x = scheduler.step(out, t, x, **options).prev_sample
         return x
 
-    def label_of(self, query):
-        """The label that an id, a name or a part of one name means; ValueError where there is none or several."""
+    def label_of(self, query: int | str) -> int:
+        """Return the label for an id, a name, or a part of a name.
+
+        Raises ValueError if no class fits, or several do.
+        """
         names = self.transformer.config.id2label
         if not isinstance(query, str):
             if not 0 <= int(query) < len(names):
@@ -110,17 +132,22 @@ class FineDiffusionPipeline(DiffusionPipeline):
                 return int(found[0])
             if found:
                 several = ", ".join(names[label] for label in found[:4])
-                raise ValueError(f"{query!r} fits {len(found)} classes ({several}): write more of the name.")
+                raise ValueError(
+                    f"{query!r} fits {len(found)} classes ({several}), expected one: write more of the name."
+                )
         near = difflib.get_close_matches(wanted, known.values(), n=3, cutoff=0.3) or list(known.values())[:3]
-        raise ValueError(f"No class is called {query!r}: there are {', '.join(near)} and others in transformer.config.")
+        raise ValueError(
+            f"No class is called {query!r}: choose one of transformer.config.id2label, such as {', '.join(near)}."
+        )
 
 
-def plain(name):
+def plain(name: str) -> str:
+    """Return a name in lower case, with single spaces for underscores and spaces."""
     return " ".join(name.lower().replace("_", " ").split())
 
 
-def check_guide(guide, model):
-    """ValueError where a setting is out of its range, or the model lacks what it needs."""
+def check_guide(guide: Guidance, model: ModelMixin):
+    """Raise ValueError if a setting is out of its range, or needs a null row that the model lacks."""
     if guide.kind not in KINDS:
         raise ValueError(f"guidance is {guide.kind!r}, expected one of {', '.join(KINDS)}.")
     if guide.kind in ("null", "chain") and not model.y_embedder.has_null:
@@ -129,17 +156,22 @@ def check_guide(guide, model):
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"{name} is {scale}, expected a finite number, 0 or more.")
     if len(guide.interval) != 2 or not 0 <= guide.interval[0] <= guide.interval[1] <= 999:
-        raise ValueError(f"guidance_interval is {guide.interval}, expected two timesteps in 0..999 in their order.")
+        raise ValueError(
+            f"guidance_interval is {guide.interval}, expected two timesteps in 0..999, the lower one first."
+        )
     if guide.channels not in (3, "all"):
         raise ValueError(f'guidance_channels is {guide.channels!r}, expected 3 or "all".')
 
 
-def respaced(scheduler, steps):
-    """(scheduler, its timesteps as the model knows them), the scheduler ready to step; ValueError for impossible steps.
+def respace(scheduler, steps: int):
+    """Return a scheduler that is ready to step, and the timesteps (steps,) to pass to the model.
 
-    DDPM and DDIM with "linspace" spacing become a process of just `steps` timesteps, whose alpha_bar are those of the
-    timesteps kept, as in DiT's code. On the whole process diffusers' DDIM goes back by 1000 // steps whatever its
-    timesteps are, and both take differences of float32 alpha_bar. Only DDPM uses the learned variance.
+    DDPM and DDIM with "linspace" spacing become a process of only `steps` timesteps, with the alpha_bar of the
+    timesteps kept, as in DiT's code (diffusion/respace.py). On the full process diffusers' DDIM always steps back by
+    1000 // steps, whatever its timesteps are, and both schedulers subtract float32 values of alpha_bar. Only DDPM uses
+    the learned variance.
+
+    Raises ValueError if `steps` is not in 1..1000.
     """
     config = scheduler.config
     total = config.num_train_timesteps
@@ -147,7 +179,7 @@ def respaced(scheduler, steps):
         raise ValueError(f"num_inference_steps is {steps}, expected 1..{total}.")
     if isinstance(scheduler, DDPMScheduler | DDIMScheduler) and config.timestep_spacing == "linspace":
         stride = (total - 1) / max(steps - 1, 1)
-        # DiT adds the strides up: where a place ends in .5, the last bits of the sum choose the timestep
+        # add the strides one by one, as DiT does: if a place ends in .5, the last bits of the sum decide the rounding
         places = accumulate(repeat(stride, steps - 1), initial=0.0)
         kept = torch.tensor([round(place) for place in places])
         alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)[kept]
@@ -155,7 +187,7 @@ def respaced(scheduler, steps):
         scheduler.alphas_cumprod = alphas_cumprod
         scheduler.set_timesteps(steps)
         return scheduler, kept.flip(0)
-    if not isinstance(scheduler, DDPMScheduler):  # DPM-Solver would take 3 channels for the noise
+    if not isinstance(scheduler, DDPMScheduler):  # DPM-Solver would split off 3 channels as the noise
         scheduler = type(scheduler).from_config(config, variance_type=None)
     scheduler.set_timesteps(steps)
     return scheduler, scheduler.timesteps

@@ -1,4 +1,4 @@
-"""The DiT of an exported folder, with the config and the files of a diffusers model."""
+"""The DiT of an exported folder as a diffusers model, with a config."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -7,28 +7,28 @@ from models import DiT
 
 
 class FineDiffusionTransformer(DiT, ModelMixin, ConfigMixin):
-    """`DiT` itself, its parameters' names and `forward(x, t, y)` too.
+    """A `DiT` with the same parameter names and the same `forward(x, t, y)`.
 
-    What it adds to the config, keys as strings: `id2label` {label: class name}, `label2superclass` {label: index of its
+    Its config also has, with keys as strings, `id2label` {label: class name}, `label2superclass` {label: index of the
     superclass} and `id2superclass` {index: superclass name}.
     """
 
     _no_split_modules = ["DiTBlock"]
-    _keep_in_fp32_modules = ["norm1", "norm2", "norm_final", "pos_embed"]  # where the rest is loaded in half precision
+    _keep_in_fp32_modules = ["norm1", "norm2", "norm_final", "pos_embed"]  # if the rest is loaded in half precision
 
     @register_to_config
     def __init__(
         self,
-        input_size,
-        patch_size,
-        in_channels,
-        hidden_size,
-        depth,
-        num_heads,
-        id2label,
-        label2superclass,
-        id2superclass,
-        null_row=False,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        id2label: dict[str, str],
+        label2superclass: dict[str, int],
+        id2superclass: dict[str, str],
+        null_row: bool = False,
     ):
         super().__init__(
             input_size=input_size,
