@@ -54,7 +54,7 @@ class ModelDescription:
     null_row     whether a tiered table ends with a null row
     base         the weights that the trained parameters belong to; None if the file holds the complete model
     step         optimizer steps so far
-    data         fingerprint of the images and labels trained on, see dataset.images.fingerprint
+    data         fingerprint of the images and labels trained on, see dataset.listing.fingerprint
     settings     the flags that decide a run's numbers, see training.state.DECISIVE_FLAGS
     updates      optimizer updates so far, at most `step`: steps with non-finite gradients make none
     epoch        epochs completed

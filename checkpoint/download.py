@@ -1,6 +1,7 @@
-"""Find weights by name; download DiT's two checkpoints."""
+"""Find files of weights, and download DiT's two checkpoints."""
 
 import http.client
+import os
 import urllib.request
 from pathlib import Path
 
@@ -10,15 +11,15 @@ from runtime.files import atomic_write, sha256
 from runtime.text import one_line
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
-DIT_FILES = {  # name: SHA-256, None where none is known
+DIT_FILES = {  # name: SHA-256, or None if it is not known
     "DiT-XL-2-256x256.pt": "9ec1876e4c03471bca126663a30e2d1b20610b6d2f87850a39a36f25cc685521",
     "DiT-XL-2-512x512.pt": None,
 }
 DIT_FOLDER = Path("pretrained_models")
 
 
-def find_weights(name):
-    """Path of the file `name`; DiT's own two are downloaded to `pretrained_models/` when absent."""
+def find_weights(name: str | os.PathLike) -> Path:
+    """Return the path of a file of weights; DiT's two checkpoints are downloaded to `pretrained_models/` if absent."""
     path = Path(name)
     if path.is_file() or path.name not in DIT_FILES:
         return path
@@ -28,8 +29,11 @@ def find_weights(name):
     return path
 
 
-def find_starting_weights(resume, model, image_size):
-    """Path of the weights that a new run of `model` starts from: --resume, else DiT's own; None for "none"."""
+def find_starting_weights(resume: str | None, model: str, image_size: int) -> Path | None:
+    """Return the path of the weights that a new run starts from: --resume, or else DiT's checkpoint; None for "none".
+
+    Raises ValueError if --resume is not given and there is no published checkpoint of this model and size.
+    """
     if resume == "none":
         return None
     default = f"DiT-XL-2-{image_size}x{image_size}.pt"

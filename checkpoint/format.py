@@ -1,7 +1,14 @@
-"""Adapters and training states: safetensors files with a description and a digest."""
+"""The files of adapters and training states: safetensors with a description and a digest.
+
+An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a
+`ModelDescription`. Without a base it holds the complete model. A training state (training/state.py) has the same form.
+The hierarchy with its class names is a tensor of bytes (hierarchy/archive.py). Each file has a SHA-256 of its contents,
+since safetensors has none. Nothing is ever pickled.
+"""
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,27 +19,30 @@ from safetensors.torch import save_file
 from checkpoint.description import ADAPTER, ModelDescription
 from checkpoint.torch_files import RETRY_HINT, check_file, check_finite, read_tensors
 from hierarchy import Hierarchy, archive
+from models import DiT
 from runtime.files import atomic_write
 from runtime.text import one_line
 
 PACKED = "hierarchy"  # the tensor of bytes with the hierarchy
 LONGEST_TEXT = 1 << 20  # characters of a description
-NOT_WEIGHTS = ("row/", "exp_avg")  # tensors of a training state that are no weights: losses, the optimizer's moments
+NOT_WEIGHTS = ("row/", "exp_avg")  # tensors of a training state that are losses or moments
 
+Tensors = dict[str, torch.Tensor]
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_safetensors(path, contents=True):
-    """({name: tensor}, description) of a safetensors file, or ({}, description) without its `contents`.
+def read_safetensors(path: str | os.PathLike, contents: bool = True) -> tuple[Tensors, ModelDescription | None]:
+    """Read a safetensors file, or its description alone (no tensors) without its `contents`.
 
-    ValueError where it is damaged: a file with a description has a digest too, which is checked with the contents.
+    The description is None if the file has none. A file with a description has a digest too, which is checked with the
+    contents. Raises ValueError if the file is damaged.
     """
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-            ours = PACKED in names or "json" in metadata or "sha256" in metadata  # whichever was damaged
+            ours = PACKED in names or "json" in metadata or "sha256" in metadata  # one of them may be damaged
             if not ours:
                 return {name: file.get_tensor(name) for name in names if contents}, None
             text = metadata.get("json", "")
@@ -46,12 +56,16 @@ def read_safetensors(path, contents=True):
                 packed = packed.reshape(-1).view(torch.uint8).numpy().tobytes()
                 hierarchy = Hierarchy.from_dict(archive.unpack_hierarchy(packed))
             return tensors, ModelDescription.from_record(json.loads(text), hierarchy)
-    except (SafetensorError, ValueError, RecursionError) as error:  # of JSON and of the packed hierarchy too
+    except (
+        SafetensorError,
+        ValueError,
+        RecursionError,
+    ) as error:  # the last two also from JSON and the packed hierarchy
         raise ValueError(f"{path} is damaged ({one_line(error)}), expected a safetensors file: {RETRY_HINT}.") from None
 
 
-def file_metadata(tensors, text):
-    """The metadata of a file with a description, JSON `text`: the SHA-256 is that of the text and of all tensors."""
+def file_metadata(tensors: Tensors, text: str) -> dict[str, str]:
+    """Return the metadata of a file with the description `text` (JSON): the text and a SHA-256 of text and tensors."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -60,16 +74,16 @@ def file_metadata(tensors, text):
     return {"format": "pt", "json": text, "sha256": digest.hexdigest()}
 
 
-def read_description(path):
-    """The description alone of a safetensors file."""
+def read_description(path: str | os.PathLike) -> ModelDescription | None:
+    """Read the description of a safetensors file; None if it has none."""
     return read_safetensors(path, contents=False)[1]
 
 
-def read_weights(path):
-    """({name: tensor}, description) of any file of weights; the description is {} for those of others.
+def read_weights(path: str | os.PathLike) -> tuple[Tensors, ModelDescription | None]:
+    """Read any file of weights; the description of a third-party file is None.
 
-    Of {"model", "ema", "opt", "args"} the EMA is taken. ValueError where the file is absent, damaged or something else, or
-    has weights that are not finite.
+    Of a checkpoint {"model", "ema", "opt", "args"} the EMA is taken. Raises ValueError if the file is absent, damaged,
+    something else, or has non-finite weights.
     """
     path = Path(path)
     ours = path.suffix == ".safetensors"
@@ -78,8 +92,8 @@ def read_weights(path):
     return tensors, description
 
 
-def is_adapter(path):
-    """True if `path` names a safetensors file whose metadata say so."""
+def is_adapter(path: str | os.PathLike | None) -> bool:
+    """Return whether `path` is a safetensors file whose description says that it is an adapter."""
     if not path or not Path(path).is_file() or Path(path).suffix != ".safetensors":
         return False
     description = read_description(path)
@@ -89,16 +103,16 @@ def is_adapter(path):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def save_safetensors(path, tensors, description):
-    """Write tensors and a description, whose "hierarchy" is a `Hierarchy`; the file appears whole or not at all."""
+def save_safetensors(path: str | os.PathLike, tensors: Tensors, description: ModelDescription):
+    """Write tensors with a description; the file appears complete or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     packed = archive.pack_hierarchy(description.hierarchy.to_dict())
     tensors[PACKED] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     write_tensors(path, tensors, file_metadata(tensors, json.dumps(description.to_record())))
 
 
-def write_tensors(path, tensors, metadata):
-    """A safetensors file, whole or not at all; ValueError where the disk is full."""
+def write_tensors(path: str | os.PathLike, tensors: Tensors, metadata: dict[str, str]):
+    """Write a safetensors file, complete or not at all. Raises ValueError if the disk is full."""
 
     def write(part):
         try:
@@ -109,7 +123,13 @@ def write_tensors(path, tensors, metadata):
     atomic_write(path, write)
 
 
-def save_adapter(path, averages, model, description, dtype=torch.float32):
-    """`averages`: {name: EMA of a trained parameter}. Without a base the model's other tensors are written too."""
+def save_adapter(
+    path: str | os.PathLike,
+    averages: Tensors,
+    model: DiT,
+    description: ModelDescription,
+    dtype: torch.dtype = torch.float32,
+):
+    """Write an adapter: the EMA of the trained parameters, and without a base the model's other tensors too."""
     tensors = dict(averages) if description.base else model.state_dict() | averages
     save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, replace(description, format=ADAPTER))

@@ -1,35 +1,29 @@
-"""Files of weights: DiT's and FineDiffusion's checkpoints, our adapters and training states.
+"""Build a model from a description, and load weights into it: DiT's and FineDiffusion's checkpoints, and adapters."""
 
-An adapter is one safetensors file: the averages (EMA) of the trained parameters and, as JSON in its metadata, a
-description: model, image size, method, step, and the SHA-256 of the base file they belong to. The hierarchy with its
-class names is a tensor of bytes (packing.py). Without a base it holds the whole model. Training states (runs.py) are
-files of the same form. Each has a SHA-256 of its contents, since safetensors has none; nothing here is ever pickled.
-"""
-
+import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint.description import STATE, Base
+from checkpoint.description import STATE, Base, ModelDescription
 from checkpoint.download import find_weights
-from checkpoint.format import is_adapter, read_weights
+from checkpoint.format import Tensors, is_adapter, read_weights
 from finetune import METHODS, add_gammas, kind_of
-from models import DiT_models
+from hierarchy import Hierarchy
+from models import DiT, DiT_models
 from runtime.files import sha256
 from runtime.text import shorten
 
 TABLE = "y_embedder.embedding_table.weight"
 
 
-# ---- building and loading ------------------------------------------------------------------------
+def build_model(description: ModelDescription, class_dropout_prob: float = 0.1, counts_only: bool = False) -> DiT:
+    """Build the model of a description, with DiT's initial weights.
 
-
-def build_model(description, class_dropout_prob=0.1, counts_only=False):
-    """The model of a description: its "model", "latent_size", "channels", "hierarchy", "embedder", "null_row" and "method".
-
-    "hierarchy" is a `Hierarchy`; "null_row" may be absent. ValueError where a tiered one's hierarchy does not know its
-    parents, unless `counts_only`: the model cannot train then.
+    counts_only: accept a hierarchy without the superclass of each class; the model cannot train then.
+    Raises ValueError if a tiered model's hierarchy lacks them otherwise.
     """
     hierarchy, tiered = description.hierarchy, description.embedder == "tiered"
     mapped = tiered and (hierarchy.has_parents or not counts_only)
@@ -46,20 +40,22 @@ def build_model(description, class_dropout_prob=0.1, counts_only=False):
     return model
 
 
-def load_weights(model, tensors, source, new_table=False):
-    """Put `tensors` into `model`; norms and gammas may be absent.
+def load_weights(model: DiT, tensors: Tensors, source: str | os.PathLike, new_table: bool = False) -> list[str]:
+    """Load tensors into a model, and return the names of the parameters that were left as they are.
 
-    A plain DiT lacks all norms, an adapter of difffit-orig on it the last one. With `new_table` a class table of
-    another shape is left out: the model keeps its own. Returns the names left as they were. ValueError where anything
-    else is missing, unexpected or of another shape, and `source` is named.
+    LayerNorm affines and DiffFit's gammas may be absent: a plain DiT lacks all norms, an adapter of difffit-orig on it
+    the final one. With `new_table` a class table of another shape is ignored. Raises ValueError, which names `source`,
+    if anything else is missing, unexpected or of another shape.
     """
     tensors, absent = match_state_dict(model, tensors, source, new_table)
     model.load_state_dict(tensors, strict=False)
     return absent
 
 
-def match_state_dict(model, tensors, source, new_table=False):
-    """(those of `tensors` that are to be loaded, names left as they are), see `load`; the model is only looked at."""
+def match_state_dict(
+    model: DiT, tensors: Tensors, source: str | os.PathLike, new_table: bool = False
+) -> tuple[Tensors, list[str]]:
+    """Return the tensors to load and the names that are absent, see `load_weights`; the model is not changed."""
     own = model.state_dict()
     tensors = dict(tensors)
     if new_table and TABLE in tensors and tensors[TABLE].shape != own[TABLE].shape:
@@ -85,7 +81,7 @@ def match_state_dict(model, tensors, source, new_table=False):
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", shapes),
-            ("no floats", kinds),
+            ("not floating-point", kinds),
         )
         if names
     ]
@@ -97,8 +93,11 @@ def match_state_dict(model, tensors, source, new_table=False):
     return tensors, absent
 
 
-def load_base_weights(base, needed_by, path=None):
-    """Tensors of the base {"path", "sha256"} that `needed_by` names, found at `path` or where it was; SHA-256 checked."""
+def load_base_weights(base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None) -> Tensors:
+    """Load the base that the file `needed_by` names, from `path` or from where it was.
+
+    Raises ValueError if it is not there or its SHA-256 is another.
+    """
     path = find_weights(path or base.path)
     if not path.is_file():
         raise ValueError(
@@ -114,10 +113,13 @@ def load_base_weights(base, needed_by, path=None):
     return load_full_weights(path)[0]
 
 
-def load_full_weights(path, base=None):
-    """({name: tensor}, description) of all weights that the file stands for: an adapter's are put on its base's.
+def load_full_weights(
+    path: str | os.PathLike, base: str | os.PathLike | None = None
+) -> tuple[Tensors, ModelDescription | None]:
+    """Load the full state dict; an adapter is merged onto its base.
 
-    `base`: where the base is, if not where it was. ValueError where the file is a training state or no whole adapter.
+    base: where the adapter's base is, if it is not where it was. Raises ValueError for a training state, and for a
+    `base` that the file does not need.
     """
     tensors, description = read_weights(path)
     if description and description.format == STATE:
@@ -126,16 +128,19 @@ def load_full_weights(path, base=None):
         description = replace(description, trained=frozenset(tensors))
         tensors = load_base_weights(description.base, path, base) | tensors
     elif base:
-        raise ValueError(f"{path} holds a whole model, expected no --base: leave it out.")
+        raise ValueError(f"{path} holds a complete model, expected no --base: leave it out.")
     return tensors, description
 
 
-def load_adapted(path, base=None):
-    """(model, description) of an adapter and its base: the EMA model of the run, bit for bit."""
+def load_adapted(path: str | os.PathLike, base: str | os.PathLike | None = None) -> tuple[DiT, ModelDescription]:
+    """Load an adapter with its base: the run's EMA model, bit for bit, in evaluation mode.
+
+    Raises ValueError if the file is not an adapter, is damaged, or does not fit its own description.
+    """
     if not is_adapter(path):
-        raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
+        raise ValueError(f"{path} is not an adapter, expected one that train.py wrote: name another file.")
     tensors, description = load_full_weights(path, base)
-    with torch.device("meta"):  # no memory is taken on the word of the description
+    with torch.device("meta"):  # checks the shapes before a description can make us allocate memory
         match_state_dict(build_model(description), tensors, path)
     model = build_model(description)
     load_weights(model, tensors, path)
@@ -143,12 +148,22 @@ def load_adapted(path, base=None):
 
 
 @torch.no_grad()
-def init_from(model, trained, path, hierarchy=None, table_init="normal", table_std=0.02, seed=0):
+def init_from(
+    model: DiT,
+    trained: Collection[str],
+    path: str | os.PathLike | None,
+    hierarchy: Hierarchy | None = None,
+    table_init: str = "normal",
+    table_std: float = 0.02,
+    seed: int = 0,
+) -> Base | None:
     """Fill the model of a new fine-tune from the weights or the adapter at `path`, or from nothing (None).
 
-    A class table of another shape, or of an adapter of another `hierarchy`, is drawn anew, normal with `table_std`,
-    around 0 or ("mean") around the mean of the file's rows. `trained`: names of the parameters that will be trained.
-    Returns the model's base: {"path", "sha256"}, or None.
+    A class table of another shape, or from an adapter of another `hierarchy`, is drawn anew: normal with `table_std`,
+    around 0 or (table_init "mean") around the mean of the file's rows.
+
+    trained: names of the parameters that will be trained
+    Returns the base that the new run's adapters belong to, or None without weights.
     """
     table = model.y_embedder.embedding_table.weight
     fresh = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)) * table_std
@@ -162,5 +177,5 @@ def init_from(model, trained, path, hierarchy=None, table_init="normal", table_s
     if TABLE in load_weights(model, tensors, path, new_table=True):
         table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
     if description and description.base and description.trained <= set(trained):
-        return description.base  # what the adapter changed is written again: its own base does
+        return description.base  # all that the adapter changed will be trained again: its base is enough
     return Base(str(path), sha256(path))

@@ -129,7 +129,7 @@ def test_without_a_base_an_adapter_is_the_whole_model(method, tmp_path):
     run = Run(method).steps(1)
     path = run.save(tmp_path / "whole.safetensors")
     assert same(load_adapted(path)[0].state_dict(), run.averaged()) and same(load_full_weights(path)[0], run.averaged())
-    with refusal("whole.safetensors holds a whole model, expected no --base"):
+    with refusal("whole.safetensors holds a complete model, expected no --base"):
         load_adapted(path, base=path)
 
 
@@ -189,7 +189,7 @@ def test_files_of_another_kind(plain, tmp_path):
     adapter, state = run.save(tmp_path / "adapter.safetensors"), run.save_state(tmp_path / "state.safetensors")
     assert not is_adapter(state)
     for path in (plain, state):
-        with refusal(f"{path.name} is no adapter, expected one that train.py wrote"):
+        with refusal(f"{path.name} is not an adapter, expected one that train.py wrote"):
             load_adapted(path)
     with refusal("adapter.safetensors is no training state, expected one that train.py wrote"):
         latest_valid_state([adapter])

@@ -158,9 +158,9 @@ class Trap:
     "content, words",
     [
         (None, ["There is no file"]),
-        (b"", ["is no checkpoint"]),
-        (b"<html>not found</html>", ["is no checkpoint"]),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["is no checkpoint"]),
+        (b"", ["is not a checkpoint"]),
+        (b"<html>not found</html>", ["is not a checkpoint"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["is not a checkpoint"]),
         (pickle.dumps({"fc.bias": Trap()}, protocol=2), ["holds pickled code"]),
         ([1, 2], ["holds list", "expected tensors by name"]),
         ({}, ["holds dict"]),

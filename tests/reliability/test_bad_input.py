@@ -87,9 +87,9 @@ train --vae mse                            | could not be loaded pass such a fol
 train --resume nowhere.pt                  | no file nowhere.pt
 train --resume -                           | pass --resume FILE
 train --resume @empty.pt                   | empty.pt
-train --resume @html.pt                    | html.pt is no checkpoint
+train --resume @html.pt                    | html.pt is not a checkpoint
 train --resume @html.safetensors           | html.safetensors is damaged
-train --resume @pointer.pt                 | pointer.pt is no checkpoint
+train --resume @pointer.pt                 | pointer.pt is not a checkpoint
 train --resume @pointer.safetensors        | pointer.safetensors is damaged
 train --resume @nan.pt                     | not finite in blocks.1.attn.qkv.bias
 train --resume @nan.safetensors            | not finite in y_embedder.embedding_table.weight
@@ -153,12 +153,12 @@ train --results-dir @file.jpg              | file.jpg/000-DiT-Ti-2-finediffusion
 train --latents @latents                   | found both or neither
 train --data-path -                        | found both or neither
 train --data-path - --latents @empty       | no latents.json
-train --data-path - --latents @scaled      | scale 0.5, the training asks for 1.0
+train --data-path - --latents @scaled      | scale 0.5, expected 1.0
 train --data-path - --latents @relabelled --hierarchy @pets.json | labelled by another hierarchy
 train --data-path - --latents @reformatted | format 'other'
 train --data-path - --latents @unlabelled  | labels.npy cannot be used
 train --data-path - --latents @mislabelled | labels of 0 to 5, expected 0 to 4 of pets
-train --data-path - --latents @latents --image-size 16 | image size 8, the training asks for 16
+train --data-path - --latents @latents --image-size 16 | image size 8, expected 16
 train --image-size 100 --vae mse --dry-run | 100, expected a multiple of 8
 train --num-classes 5 --hierarchy inat2021 --dry-run | --num-classes is 5, but inat2021 has 10000
 continue --method bitfit                   | was begun with --method finediffusion, found bitfit
@@ -197,9 +197,9 @@ sample --per-class 0                       | --per-class is 0
 sample --batch-size 0                      | --batch-size is 0
 sample --sample-dir @file.jpg              | file.jpg
 sample --sample-dir @file.jpg/deeper       | file.jpg
-official --ckpt @html.pt                   | html.pt is no checkpoint
+official --ckpt @html.pt                   | html.pt is not a checkpoint
 official --ckpt @empty.pt                  | empty.pt
-official --ckpt @pointer.pt                | pointer.pt is no checkpoint
+official --ckpt @pointer.pt                | pointer.pt is not a checkpoint
 official --ckpt @pickle.pt                 | pickled code, which is not run
 official --ckpt @nan.pt                    | not finite in blocks.1.attn.qkv.bias
 official --ckpt @larger.pt                 | pos_embed (1, 64, 256), here (1, 16, 256)

@@ -101,7 +101,7 @@ def test_weights_that_are_no_floats(dtype, tmp_path):
     torch.save(weights, tmp_path / "dit.pt")
     model = DiT_models["DiT-Ti/2"](**sizes)
     before = model.state_dict()["final_layer.linear.weight"].clone()
-    with pytest.raises(ValueError, match=f"no floats final_layer.linear.weight {dtype}"):
+    with pytest.raises(ValueError, match=f"not floating-point final_layer.linear.weight {dtype}"):
         load_weights(model, read_weights(tmp_path / "dit.pt")[0], "dit.pt")
     assert model.state_dict()["final_layer.linear.weight"].equal(before)
     network = torch.nn.Linear(2, 2)

@@ -447,7 +447,7 @@ def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
         ("cannot be written", ("grid", "--ckpt", adapter, *FAST, "--out", adapter / "inside")),
         ("expected NAME=PATH", (*compare, adapter)),
         ("gives a name twice", (*compare, f"A={adapter}", f"A={adapter}")),
-        ("is no adapter", (*compare, f"A={base}")),
+        ("is not an adapter", (*compare, f"A={base}")),
         ("No class of .* is called", (*compare, f"A={adapter}", f"B={species}")),
         ("has no image of 'manx'", ("compare", "--real", single.parents[1], "--adapters", f"A={adapter}", *FAST)),
         ("too small for 10 neighbours", ("tsne", "--ckpt", adapter)),

@@ -96,7 +96,7 @@ def compare(args):
     adapters = named(args.adapters, "--adapters")
     for path in adapters.values():
         if not is_adapter(path):
-            raise ValueError(f"{path} is no adapter, expected one that train.py wrote: name another file.")
+            raise ValueError(f"{path} is not an adapter, expected one that train.py wrote: name another file.")
     about = {name: read_description(path) for name, path in adapters.items()}
     first = next(iter(about.values()))
     hierarchy, size = first.hierarchy, max(each.image_size for each in about.values())
