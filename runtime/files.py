@@ -1,15 +1,29 @@
-"""Files that appear whole or not at all, locks, digests."""
+"""Atomic writes, locks of folders, and digests."""
 
-import fcntl
+import errno
 import hashlib
 import os
-import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-def atomic_write(path, write):
-    """Call `write(temporary path)`, then move the file to `path`: it appears whole or not at all, and stays."""
+LOCK_FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # raised by file systems without locks
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[Path], object]):
+    """Call `write(temporary path)`, then move the file to `path`.
+
+    The file appears complete or not at all, and is on the disk on return. Its folder is made if absent. An OSError names
+    `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -24,15 +38,15 @@ def atomic_write(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def append_text(path, text):
-    """Add to a file."""
+def append_text(path: str | os.PathLike, text: str):
+    """Append text to a file; an OSError names the file."""
     with path_in_errors(path), open(path, "a") as file:
         file.write(text)
 
 
 @contextmanager
-def path_in_errors(path):
-    """Have an OSError tell this path where it tells none: that of a full disk does not."""
+def path_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Add `path` to an OSError that names no file, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -40,12 +54,8 @@ def path_in_errors(path):
         raise
 
 
-UMASK = os.umask(0)
-os.umask(UMASK)
-
-
-def fsync(path):
-    """Have a file, or the names in a folder, reach the disk."""
+def fsync(path: str | os.PathLike):
+    """Force a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,38 +63,48 @@ def fsync(path):
         os.close(handle)
 
 
-class Lock:
-    """Keeps other launches from a folder, or a file that is made, until it is closed or this process has ended.
+# ---- locks ---------------------------------------------------------------------------------------
 
-    `doing`, `choose`: for the ValueError where another process has it: what that does there, and the flag that names
-    another place. Where a file system knows no locks nobody is kept away.
+
+class Lock:
+    """Keep other launches out of a folder until it is closed or this process ends.
+
+    folder  an existing folder
+    doing   what another process does there, for the message: "sampling into"
+    choose  the flag that names another folder, for the message
+
+    The kernel holds the lock on a file .lock in the folder, so kill -9 releases it too, and leaves the file behind.
+    Forked processes do not hold it. On a file system without locks, or in a folder that cannot be written, nobody is
+    kept out.
+
+    Raises ValueError if another process holds it.
     """
 
-    handle = None
-
-    def __init__(self, path, doing, choose):
-        self.handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-        held = weakref.ref(self)  # the workers of a DataLoader outlive a killed process for seconds: without its lock
-        os.register_at_fork(after_in_child=lambda: held() and held().close())
+    def __init__(self, folder: Path, doing: str, choose: str):
+        self.path = folder / LOCK_FILE
+        self.held = FileLock(self.path, thread_local=False, preserve_lock_file=True)
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            folder = path if path.is_dir() else path.parent
+            self.held.acquire(blocking=False)
+        except Timeout:
             raise ValueError(
                 f"Another process is {doing} {folder}, expected one at a time: wait for it or choose another {choose}."
             ) from None
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS and os.access(folder, os.W_OK):
+                raise
 
     def close(self):
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
+        if self.held.is_locked:  # never in a forked process
+            self.path.unlink(missing_ok=True)
+        self.held.release()
 
     __del__ = close
 
 
-def sha256(path):
-    """Hex digest of a file."""
+# ---- digests -------------------------------------------------------------------------------------
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
