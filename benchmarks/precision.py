@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
@@ -20,7 +19,8 @@ from models import DiT_models
 from runtime.cli import Parser, run_command
 from runtime.device import DTYPES, check_gpu
 from runtime.files import atomic_write
-from training.logger import memory_gb
+from runtime.private import reset_accelerate
+from training.logger import peak_memory_gb
 from training.step import GuardedOptimizer, backward, draw_step_noise
 
 WEIGHT_STD = 0.02  # of the layers that a new DiT has at zero, so that every part of it matters
@@ -37,8 +37,7 @@ def random_dit(name, classes, seed):
 
 def train(precision, args):
     """(losses of the steps, gradient norms, images/s, peak GB) of a training in `precision`."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # another precision needs another Accelerator
-    GradientState._reset_state()
+    reset_accelerate()  # another precision needs another Accelerator
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     device = accelerator.device
     if device.type == "cuda":
@@ -62,7 +61,7 @@ def train(precision, args):
         ema.update(step)
         losses.append(terms[0].mean())
     rate = (args.steps - args.warmup) * args.batch_size / (synchronised_time(device) - begun)
-    return torch.stack(losses).cpu(), torch.stack(norms).cpu(), rate, memory_gb(device)
+    return torch.stack(losses).cpu(), torch.stack(norms).cpu(), rate, peak_memory_gb(device)
 
 
 def synchronised_time(device):

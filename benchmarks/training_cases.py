@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from benchmarks import official as bench_official
 from benchmarks.harness import EXACT, GPU_ALONE, Row, apart, count_flops, count_waits, row_of
@@ -16,6 +15,7 @@ from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
 from models import DiT_models
 from runtime.device import DTYPES
+from runtime.private import accelerator_state, reset_accelerate, restore_accelerator_state
 from training import memory
 from training.step import GuardedOptimizer, backward, draw_step_noise, sample_posterior
 
@@ -40,10 +40,9 @@ def random_dit(bench, name, size):
 def our_training(bench, model, method=PEFT, half=None, compiled=None):
     """step(x, y) -> (4, n) as `steps.backward`: one step of train.py, x cached moments; also step(x, y, drawn numbers)."""
     half = bench.half if half is None else half
-    AcceleratorState._reset_state(reset_partial_state=True)  # another precision needs another Accelerator
-    GradientState._reset_state()
+    reset_accelerate()  # another precision needs another Accelerator
     accelerator = Accelerator(mixed_precision=half, cpu=not bench.gpu)
-    state = dict(AcceleratorState._shared_state)  # which the next one would replace
+    state = accelerator_state()  # which the next one would replace
     device = bench.device
     parameters = select(model, METHODS[method])
     store_frozen(model, DTYPES[half])
@@ -56,7 +55,7 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
     diffusion, numbers = create_diffusion(""), itertools.count()
 
     def step(x, y, r=None):
-        AcceleratorState._shared_state.update(state)
+        restore_accelerator_state(state)
         number = next(numbers)
         r = r or draw_step_noise(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -1,18 +1,18 @@
-"""Calls of the commands in this process."""
+"""Call the commands in this process."""
 
 import contextlib
 import io
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
-from accelerate.state import AcceleratorState, GradientState
-
 from runtime.cli import run_command
+from runtime.private import reset_accelerate
 
 
-def call(main, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def call(main: Callable[[], object], *flags) -> SimpleNamespace:
+    """Run a command as a shell would; return its exit code, stdout and stderr as code, out and err."""
+    reset_accelerate()
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = [sys.modules[main.__module__].__file__, *map(str, flags)]
     try:

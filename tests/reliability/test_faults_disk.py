@@ -1,12 +1,10 @@
 """A disk that is full, read-only or not ours, and two launches into one folder: a sentence, and nothing that is half."""
 
-import ctypes
 import json
 import os
 import random
 import resource
 import shutil
-import struct
 import subprocess
 import time
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.launch import launch, worst
+from helpers.launch import launch, without_privileges, worst
 from helpers.sampling_runs import files
 from helpers.tiny_files import tree
 from helpers.tiny_runs import SAVING, differences, outcome
@@ -255,12 +253,6 @@ def test_encoding_on_a_full_disk(images, tmp_path, disk, cases, figure, monkeypa
 
 
 # ---- folders that cannot be written ----------------------------------------------------------------
-
-
-def without_privileges(rank):
-    """Have this process obey permissions, whoever it runs as: take all capabilities from it, see capset(2)."""
-    version, whole_process = 0x20080522, 0
-    assert ctypes.CDLL(None).capset(struct.pack("Ii", version, whole_process), bytes(24)) == 0
 
 
 def check_left_alone(run, folder, world, words, **options):

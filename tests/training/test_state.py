@@ -1,8 +1,5 @@
 """A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
 
-import errno
-import fcntl
-import gc
 import json
 import os
 import re
@@ -12,14 +9,12 @@ import signal
 import pytest
 import torch
 from helpers.tiny_files import tree
-from helpers.tiny_models import refusal
 from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
 from tensorboard.backend.event_processing import event_accumulator
 
 import train
 from checkpoint.format import read_weights
 from runtime.device import resolve_precision
-from runtime.files import Lock
 from runtime.signals import Signals
 from training import logger
 from training.state import list_states
@@ -55,15 +50,15 @@ def numbers(folder):
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called once, when the losses of `step` (from 1) have been added."""
-    add, calls = logger.Watch.add, []
+    add, calls = logger.MetricLogger.add_step, []
 
-    def added(watch, *arguments):
-        add(watch, *arguments)
+    def added(log, *arguments):
+        add(log, *arguments)
         calls.append(None)
         if len(calls) == step:
             action()
 
-    monkeypatch.setattr(logger.Watch, "add", added)
+    monkeypatch.setattr(logger.MetricLogger, "add_step", added)
 
 
 # ---- asked to leave ------------------------------------------------------------------------------
@@ -221,28 +216,3 @@ def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
     rows = [json.loads(line) for line in (flags.root / "tracked/metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert [event.step for event in events.Images("samples")] == [3, 4]
-
-
-def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
-    for path in (tmp_path, tmp_path / "log.txt"):
-        held = Lock(path, "at work in", "--out")
-        with refusal(f"Another process is at work in {tmp_path}, expected", "choose another --out"):
-            Lock(path, "at work in", "--out")
-        held.close()
-        Lock(path, "at work in", "--out").close()
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_lock_that_cannot_be_made_is_one_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        Lock(tmp_path / "lost/log.txt", "at work in", "--out")
-    gc.collect()
-
-
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    first, second = (Lock(tmp_path, "at work in", "--out") for _ in range(2))
-    assert first.handle != second.handle
