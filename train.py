@@ -79,7 +79,7 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
         ) from None
 
     # Update the weights and their EMA:
-    run.watch.add(terms, run.update.step(), batches.rows(step)[batches.mine], shown)
+    run.logger.add_step(terms, run.update.step(), batches.rows(step)[batches.mine], shown)
     run.ema.update(step)
 
 
@@ -102,7 +102,7 @@ def save_preview(args: argparse.Namespace, run: Run):
     run.ema.swap()
     grid = make_grid(images.cpu(), nrow=4, normalize=True, value_range=(-1, 1))
     atomic_write(run.folder / f"samples/{run.step:07d}.png", lambda part: save_image(grid, part, format="png"))
-    run.watch.picture(grid, run.step)
+    run.logger.log_images(grid, run.step)
 
 
 def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
@@ -111,7 +111,7 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
     The losses so far are checked first: nothing is written of a run with non-finite losses.
     """
     begun = time.perf_counter()
-    run.watch.collect()
+    run.logger.guard.gather()
     description, scaler = replace(run.description, step=run.step), run.accelerator.scaler
 
     def write():
@@ -123,11 +123,11 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
         path = run.folder / f"states/{run.step:07d}.safetensors"  # written last: a step with a state has its adapter
         epoch, scale = run.step // run.batches.steps_per_epoch, scaler.state_dict() if scaler else None
         state = replace(description, epoch=epoch, scaler=scale)
-        save_state(path, run.parameters, run.ema.average, run.optimizer, run.watch.kept, state)
+        save_state(path, run.parameters, run.ema.average, run.optimizer, run.logger.guard.open_row, state)
         delete_old_states(path, args.keep_states)
 
     run_on_main(run.accelerator, write)
-    run.watch.pause(time.perf_counter() - begun)
+    run.logger.exclude_time(time.perf_counter() - begun)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
 def train(args: argparse.Namespace):
     """Train until --max-steps or --epochs, or until a signal."""
     run = begin(args)
-    accelerator, batches, watch = run.accelerator, run.batches, run.watch
+    accelerator, batches, logger = run.accelerator, run.batches, run.logger
 
     # Set up the loader and the signals:
     loader = DataLoader(
@@ -150,18 +150,18 @@ def train(args: argparse.Namespace):
     signals = Signals(accelerator.num_processes)
 
     # Train, log and save:
-    with closing(watch.over(loader)) as steps:
+    with closing(logger.iterate(loader)) as steps:
         for step, (x, y, shown) in enumerate(steps, start=batches.start_step):
             train_step(args, run, step, x, y, shown)
             run.step = step + 1
             last, code = run.step == batches.max_steps, signals.agreed()
             if run.step % args.log_every == 0 or last:
-                watch.write(run.step, lr=run.optimizer.param_groups[0]["lr"])
+                logger.write_row(run.step, lr=run.optimizer.param_groups[0]["lr"])
             if run.step % args.ckpt_every == 0 or last:
                 save_checkpoint(args, run, adapter=True)
             if code and not last:
                 save_checkpoint(args, run, adapter=False)
-                watch.say(f"signal received, state of step {run.step} saved; run the same command to resume")
+                logger.log(f"signal received, state of step {run.step} saved; run the same command to resume")
                 raise SystemExit(code)
     signals.release()
 

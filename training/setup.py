@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from autoencoder import Autoencoder, load_autoencoder
-from checkpoint.description import ModelDescription
+from checkpoint.description import Base, ModelDescription
 from checkpoint.download import find_starting_weights
 from checkpoint.loading import build_model, init_from
 from dataset.images import ImageData
@@ -22,10 +22,11 @@ from hierarchy.hierarchy import check_counts
 from models import DiT
 from runtime.device import DTYPES, resolve_precision
 from runtime.files import Lock, atomic_write
+from runtime.private import ddp_exchanged_bytes
 from runtime.processes import run_on_main, start_processes
 from training import memory
 from training.batches import StepBatches
-from training.logger import Watch
+from training.logger import MetricLogger
 from training.state import (
     DECISIVE_FLAGS,
     check_same_run,
@@ -56,7 +57,7 @@ class Run:
     optimizer    AdamW, prepared by accelerate
     update       the optimizer's step with a guard against non-finite gradients
     passes       forward passes in which a process works through its share of a batch
-    watch        the training log
+    logger       the training log
     step         optimizer steps so far
     """
 
@@ -74,7 +75,7 @@ class Run:
     optimizer: AcceleratedOptimizer
     update: GuardedOptimizer
     passes: int
-    watch: Watch
+    logger: MetricLogger
     step: int
 
 
@@ -102,9 +103,10 @@ def begin(args: argparse.Namespace) -> Run:
     if path:
         check_same_run(path, saved, description, args.allow_changes)
         load_base_of(path, saved, model, args.resume)
-        description = replace(description, base=saved.base, step=saved.step)
+        description, rows = replace(description, base=saved.base, step=saved.step), None
     else:
-        description = replace(description, base=start_from_base(args, accelerator, model, parameters, hierarchy))
+        base, rows = start_from_base(args, accelerator, model, parameters, description)
+        description = replace(description, base=base)
     store_frozen(model, half)
     model.to(accelerator.device).train()
     model.grad_checkpointing = args.grad_checkpointing
@@ -114,24 +116,26 @@ def begin(args: argparse.Namespace) -> Run:
     # From here on the folder is ours:
     lock = run_on_main(accelerator, lock_run_dir, folder)
     batches.start_step = description.step
-    kept = load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
+    open_row = load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
     if path and accelerator.scaler and saved.scaler:
         accelerator.scaler.load_state_dict(saved.scaler)
 
     # Start the log:
     stop = args.on_nonfinite == "stop"
-    watch = Watch(accelerator, folder, batches, data, kept, stop, args.max_bad_images)
+    logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
     passes = args.grad_accum if not args.micro_batch else -(-batches.share // args.micro_batch)
     settings = vars(args) | {"mixed_precision": precision}
-    log_run_summary(settings, watch, model, parameters, hierarchy, -(-batches.share // passes), autoencoder)
+    log_run_summary(settings, logger, model, parameters, hierarchy, -(-batches.share // passes), autoencoder)
+    if rows:
+        logger.log(rows)
 
     # Compile, and wrap for several processes:
     if args.compile:
         model.compile_blocks()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
-        exchanged = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
-        watch.say(f"gradients exchanged in a step: {exchanged / 1e6:.1f} MB")
+        exchanged = ddp_exchanged_bytes(wrapped)
+        logger.log(f"gradients exchanged in a step: {exchanged / 1e6:.1f} MB")
     update = GuardedOptimizer(accelerator, optimizer, parameters.values(), args.clip_grad, sticky=stop)
     return Run(
         accelerator,
@@ -148,7 +152,7 @@ def begin(args: argparse.Namespace) -> Run:
         optimizer,
         update,
         passes,
-        watch,
+        logger,
         description.step,
     )
 
@@ -191,7 +195,7 @@ def open_data(
     hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
     if args.latents:
         data = LatentData(args.latents, hierarchy)
-        data.check(autoencoder, args.image_size, args.flip)
+        data.check_settings(autoencoder, args.image_size, args.flip)
         data.verify(accelerator.process_index, accelerator.num_processes)
         hierarchy = hierarchy or data.hierarchy
     else:
@@ -245,13 +249,13 @@ def start_from_base(
     accelerator: Accelerator,
     model: DiT,
     parameters: dict[str, nn.Parameter],
-    hierarchy: Hierarchy,
-):
-    """Fill the model of a new run from --resume, and return its base."""
+    description: ModelDescription,
+) -> tuple[Base | None, str]:
+    """Fill the model of a new run from --resume; return its base and a sentence about the class table."""
     table = args.table_init, args.table_std, args.global_seed
     with accelerator.local_main_process_first():  # one process a node downloads
         weights = find_starting_weights(args.resume, args.model, args.image_size)
-        return init_from(model, parameters, weights, hierarchy, *table)
+        return init_from(model, parameters, weights, description, *table)
 
 
 # ---- log -----------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ def start_from_base(
 
 def log_run_summary(
     settings: dict,
-    watch: Watch,
+    logger: MetricLogger,
     model: DiT,
     parameters: dict[str, nn.Parameter],
     hierarchy: Hierarchy,
@@ -270,21 +274,21 @@ def log_run_summary(
 
     settings: every flag with its value. images: in a forward pass.
     """
-    accelerator, data = watch.accelerator, watch.data
+    accelerator, data = logger.accelerator, logger.data
     text = json.dumps(settings, indent=1) + "\n"
-    run_on_main(accelerator, atomic_write, watch.folder / "args.json", lambda part: part.write_text(text))
+    run_on_main(accelerator, atomic_write, logger.folder / "args.json", lambda part: part.write_text(text))
     count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
-    watch.say(
-        f"{watch.folder}: {settings['model']}, {settings['method']}, {count:,} trained parameters, {len(data):,} images, "
+    logger.log(
+        f"{logger.folder}: {settings['model']}, {settings['method']}, {count:,} trained parameters, {len(data):,} images, "
         f"{hierarchy!r}, {world} process{'es' * (world > 1)}"
     )
     for warning in data.warnings:
-        watch.say(warning)
+        logger.log(warning)
     per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
     need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae)
     gpu = accelerator.device.type == "cuda"
-    watch.say(memory.describe(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
+    logger.log(memory.describe(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
     if accelerator.log_with:
         settings = {name: value for name, value in settings.items() if value is not None}
-        names = {"wandb": {"name": watch.folder.name, "id": watch.folder.name, "resume": "allow"}}
+        names = {"wandb": {"name": logger.folder.name, "id": logger.folder.name, "resume": "allow"}}
         accelerator.init_trackers("finediffusion", settings, names)

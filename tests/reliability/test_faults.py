@@ -51,15 +51,15 @@ def run(images, base, tmp_path_factory):
 
 def die_in_step(count):
     """Have this process be killed when the losses of its step of this number (from 0) have been added."""
-    add, left = logger.Watch.add, [count]
+    add, left = logger.MetricLogger.add_step, [count]
 
-    def added(watch, *arguments):
-        add(watch, *arguments)
+    def added(log, *arguments):
+        add(log, *arguments)
         if not left[0]:
             signal.raise_signal(signal.SIGKILL)
         left[0] -= 1
 
-    logger.Watch.add = added
+    logger.MetricLogger.add_step = added
 
 
 def a_kill(draw, world, steps, seconds):
@@ -108,7 +108,7 @@ def at_operations(root, act, step=6):
 
     They are those below `root` that Python itself reports, whoever asks for them, with fsync and the writer of safetensors.
     """
-    save, write, armed = train.save_checkpoint, logger.Watch.write, []
+    save, write, armed = train.save_checkpoint, logger.MetricLogger.write_row, []
 
     def met(name, path=""):
         if armed and (path.startswith(str(root)) or not path):
@@ -123,16 +123,16 @@ def at_operations(root, act, step=6):
 
         return replacement
 
-    def written(watch, now, **extra):
-        armed.extend([True] * (now == step and watch.main))
-        write(watch, now, **extra)
+    def written(log, now, **extra):
+        armed.extend([True] * (now == step and log.accelerator.is_main_process))
+        write(log, now, **extra)
 
     def saved(*arguments, **options):
         save(*arguments, **options)
         met("end")
         armed.clear()
 
-    train.save_checkpoint, logger.Watch.write = saved, written
+    train.save_checkpoint, logger.MetricLogger.write_row = saved, written
     os.fsync, format.save_file = before(os.fsync, "fsync"), before(format.save_file, "save_file")
     sys.addaudithook(lambda event, arguments: event in EVENTS and met(event, str(arguments[0])))
 

@@ -172,8 +172,8 @@ def begun(run):
 def sentence(data, what, step, rows):
     """How the message begins where the rows of the batch of a step (from 0) went wrong."""
     images, t = StepBatches(len(data), 4, 0).rows(step), draw_step_noise(0, step, 4, SHAPE, True, 0.1, 0.0, "cpu")["t"]
-    names = shorten(f"{data.name(int(images[i]))} at timestep {t[i]}" for i in rows)
-    return f"train.py: At step {step + 1} the {what} is not finite (images {names}), expected numbers: "
+    names = shorten(f"{data.paths[int(images[i])]} at timestep {t[i]}" for i in rows)
+    return f"train.py: At step {step + 1} the {what} is non-finite (images {names}), expected finite numbers: "
 
 
 def check_finite(folder):
@@ -252,7 +252,7 @@ def test_a_step_can_be_passed_over(kind, run):
     flags = "--on-nonfinite", "skip", "--ckpt-every", 1, "--keep-states", 9
     assert not any(run(f"skip-{kind}", STEPS, *flags, world=2, prepare=prepare).values())
     said = (run.root / "out0").read_text()
-    assert f"At step 5 the {kind} is not finite" in said and "passed over" in said
+    assert f"At step 5 the {kind} is non-finite" in said and "the step was skipped" in said
     states = [read_weights(path) for path in reversed(list_states(run.root / f"skip-{kind}"))]
     before, after = states[3][0], states[4][0]
     kept = [name for name in before if name.startswith(("now/", "exp_avg/", "exp_avg_sq/"))]

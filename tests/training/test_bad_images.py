@@ -73,11 +73,11 @@ def numbered(pets):
 TOLD = {  # name: (what happens to the folder, words of a line of train.py)
     "hidden files": (
         hidden_files,
-        "Passed over as no images: 7 ('.DS_Store', '.ipynb_checkpoints', 'cats/.DS_Store' and 4 more)",
+        "Ignored entries that are not images in a class folder: 7 ('.DS_Store', '.ipynb_checkpoints', 'cats/.DS_Store' and 4 more)",
     ),
     "links in a circle and to nothing": (
         links,
-        "Passed over as no images: 3 ('cats/manx/gone.png', 'cats/manx/itself.png', 'cats/manx/loop')",
+        "Ignored entries that are not images in a class folder: 3 ('cats/manx/gone.png', 'cats/manx/itself.png', 'cats/manx/loop')",
     ),
     "folders 1, 10, 2": (
         numbered,
@@ -92,7 +92,7 @@ def test_what_is_told_of_a_folder(name, trained):
     change, words = TOLD[name]
     result = trained(change)
     assert result.code == 0 and words in result.out, result.err + result.out
-    assert "20 images," in result.out and "could not be read" not in result.out
+    assert "20 images," in result.out and "Unreadable" not in result.out
 
 
 # ---- images that cannot be read ---------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ UNREADABLE = {
 def test_another_of_its_class_is_shown_and_the_image_named(name, trained):
     result = trained(lambda pets: UNREADABLE[name](pets / "cats/manx/0.png"))
     assert result.code == 0, result.err
-    assert "1 images so far could not be read, and others of their classes were shown: 'cats/manx/0.png'" in result.out
+    assert "Unreadable images were replaced by others of their classes: 'cats/manx/0.png' (1 so far)" in result.out
 
 
 @pytest.mark.reliability(*ODD)
@@ -122,7 +122,7 @@ def test_too_many_images_that_cannot_be_read(trained, tmp_path):
             spoil(pets / f"cats/manx/{i}.png")
 
     words = (
-        "2 images could not be read ('cats/manx/0.png', 'cats/manx/1.png'), expected at most 1: look",
+        "2 images could not be read ('cats/manx/0.png', 'cats/manx/1.png'), expected at most 1: find",
         "--max-bad-images",
     )
     refused(trained(change, "--max-bad-images", 1), *words)

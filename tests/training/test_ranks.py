@@ -39,15 +39,15 @@ def record(folder):
     """Have each process add a line to `shown` at every step: step, rank and its images, of which pixels were read."""
 
     def prepare(rank):
-        add, steps = logger.Watch.add, itertools.count(1)
+        add, steps = logger.MetricLogger.add_step, itertools.count(1)
 
-        def added(watch, terms, norm, asked, shown):
-            add(watch, terms, norm, asked, shown)
-            names = [watch.data.name(i) for i in shown.tolist()]
+        def added(log, terms, norm, requested, shown):
+            add(log, terms, norm, requested, shown)
+            names = [log.data.paths[i] for i in shown.tolist()]
             with open(folder / "shown", "a") as file:
-                file.write(json.dumps([watch.batches.start_step + next(steps), rank, names]) + "\n")
+                file.write(json.dumps([log.batches.start_step + next(steps), rank, names]) + "\n")
 
-        logger.Watch.add = added
+        logger.MetricLogger.add_step = added
 
     return prepare
 
