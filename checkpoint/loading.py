@@ -10,8 +10,8 @@ import torch
 from checkpoint.description import STATE, Base, ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import Tensors, is_adapter, read_weights
+from checkpoint.rows import match_rows
 from finetune import METHODS, add_gammas, kind_of
-from hierarchy import Hierarchy
 from models import DiT, DiT_models
 from runtime.files import sha256
 from runtime.text import shorten
@@ -152,30 +152,46 @@ def init_from(
     model: DiT,
     trained: Collection[str],
     path: str | os.PathLike | None,
-    hierarchy: Hierarchy | None = None,
+    description: ModelDescription,
     table_init: str = "normal",
     table_std: float = 0.02,
     seed: int = 0,
-) -> Base | None:
+) -> tuple[Base | None, str]:
     """Fill the model of a new fine-tune from the weights or the adapter at `path`, or from nothing (None).
 
-    A class table of another shape, or from an adapter of another `hierarchy`, is drawn anew: normal with `table_std`,
-    around 0 or (table_init "mean") around the mean of the file's rows.
+    Class rows are carried over from an adapter by what they mean, see `match_rows`. All other rows are drawn, normal with
+    `table_std`, around 0 or (table_init "mean") around the mean of the file's rows. A checkpoint of DiT or FineDiffusion
+    does not say what its rows mean, so none is carried over unless table_init is "keep": then all are.
 
+    description: of the new model
     trained: names of the parameters that will be trained
-    Returns the base that the new run's adapters belong to, or None without weights.
+    Returns the base that the new run's adapters belong to (None without weights), and a sentence about the rows.
+    Raises ValueError if the weights do not fit the model, or "keep" meets a table of another shape.
     """
     table = model.y_embedder.embedding_table.weight
     fresh = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)) * table_std
     if path is None:
         table.copy_(fresh)
-        return None
-    tensors, description = load_full_weights(path)
+        return None, f"class table: {len(table):,} rows drawn"
+    tensors, source = load_full_weights(path)
+    load_weights(model, tensors, path, new_table=True)
     rows = tensors.get(TABLE)
-    if hierarchy and description and description.hierarchy != hierarchy:
-        tensors.pop(TABLE)
-    if TABLE in load_weights(model, tensors, path, new_table=True):
-        table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
-    if description and description.base and description.trained <= set(trained):
-        return description.base  # all that the adapter changed will be trained again: its base is enough
-    return Base(str(path), sha256(path))
+    if table_init == "keep" and (rows is None or rows.shape != table.shape):
+        found = "none" if rows is None else tuple(rows.shape)
+        raise ValueError(
+            f"--table-init is keep, but the class table of {path} is {found}, expected {tuple(table.shape)}: pass the "
+            "--hierarchy and --embedder that it was trained with, or another --table-init."
+        )
+    matches = [None] * len(table)
+    if rows is not None and table_init == "keep":
+        matches = range(len(table))
+    elif rows is not None and source:
+        matches = match_rows(description, source)
+    carried = [row for row, match in enumerate(matches) if match is not None]
+    table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
+    if carried:
+        table[carried] = rows[[matches[row] for row in carried]].to(table.dtype)
+    text = f"class table: {len(carried):,} rows carried over from {path}, {len(table) - len(carried):,} drawn"
+    if source and source.base and source.trained <= set(trained):
+        return source.base, text  # all that the adapter changed will be trained again: its base is enough
+    return Base(str(path), sha256(path)), text

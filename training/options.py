@@ -81,9 +81,10 @@ def add_method_flags(add: Callable):
     )
     add(
         "--table-init",
-        choices=["normal", "mean"],
+        choices=["normal", "mean", "keep"],
         default="normal",
-        help="new rows of the class table: N(0, std^2), or N(mean, std^2) with the mean of the base's rows",
+        help="new rows of the class table: N(0, std^2), or N(mean, std^2) with the mean of the base's rows; keep: take all "
+        "rows of a checkpoint that does not say what they mean (an adapter's rows are carried over by class)",
     )
     add("--table-std", type=float, default=0.02, help="std of the new rows")
 

@@ -1,0 +1,56 @@
+"""Which rows of one class table mean the same class, superclass or null class as rows of another."""
+
+from checkpoint.description import ModelDescription
+from hierarchy import Hierarchy
+
+Key = tuple[str, str]
+
+
+def row_keys(description: ModelDescription) -> list[Key]:
+    """Return what each row of the class table stands for, in order: ("class", name), ("superclass", name), ("null", "")."""
+    hierarchy = description.hierarchy
+    keys = [("class", name) for name in hierarchy.classes]
+    if description.embedder == "tiered":
+        keys += [("superclass", name) for name in hierarchy.superclasses]
+    if description.embedder == "null" or description.null_row:
+        keys.append(("null", ""))
+    return keys
+
+
+def match_rows(now: ModelDescription, before: ModelDescription) -> list[int | None]:
+    """Return for each row of the table of `now` the row of `before` that means the same, or None.
+
+    Classes are matched by name, or by label if one of the hierarchies has only numbers and both have the same parents.
+    Superclasses are matched by name, or by having the same classes.
+    """
+    renamed = dict(zip(before.hierarchy.classes, now.hierarchy.classes)) if same_but_for_names(now, before) else {}
+    rows = {}
+    for row, (kind, name) in enumerate(row_keys(before)):
+        rows[kind, renamed.get(name, name) if kind == "class" else name] = row
+    members_before = {classes: name for name, classes in members(before.hierarchy, renamed).items()}
+    members_now = members(now.hierarchy, {})
+
+    def find(key: Key) -> int | None:
+        if key in rows or key[0] != "superclass":
+            return rows.get(key)
+        return rows.get(("superclass", members_before.get(members_now.get(key[1]))))
+
+    return [find(key) for key in row_keys(now)]
+
+
+def same_but_for_names(now: ModelDescription, before: ModelDescription) -> bool:
+    """Return whether labels mean the same classes in both, although one of the hierarchies has only numbers."""
+    ours, theirs = now.hierarchy, before.hierarchy
+    if not (ours.numbered or theirs.numbered) or not (ours.has_parents and theirs.has_parents):
+        return False
+    return ours.num_classes == theirs.num_classes and ours.parents.equal(theirs.parents)
+
+
+def members(hierarchy: Hierarchy, renamed: dict[str, str]) -> dict[str, frozenset[str]]:
+    """Return the names of the classes of each superclass; empty if they are not known."""
+    if not hierarchy.has_parents:
+        return {}
+    found = {name: set() for name in hierarchy.superclasses}
+    for name, parent in zip(hierarchy.classes, hierarchy.parents.tolist()):
+        found[hierarchy.superclasses[parent]].add(renamed.get(name, name))
+    return {name: frozenset(classes) for name, classes in found.items()}
