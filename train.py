@@ -30,17 +30,19 @@ from hierarchy.hierarchy import check_counts
 from runtime.cli import run_command
 from runtime.device import DTYPES
 from runtime.files import atomic_write
-from runtime.processes import keep_process_group, run_on_main
+from runtime.processes import ask_main, keep_process_group, run_on_main
 from runtime.signals import Signals
+from runtime.text import one_line
 from sampling import sample_latents
 from training import memory
 from training.options import check_settings, parse_args, resolve_defaults
 from training.setup import Run, begin, describe
 from training.state import delete_old_states, save_state
-from training.step import backward, draw_step_noise, learning_rate_factor, sample_posterior
+from training.step import draw_step_noise, forward_backward, learning_rate_factor, sample_posterior
 
 DIFFUSION = create_diffusion("")
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
+EARLY_STEPS, EARLY_SECONDS, MEASURED_STEPS = 500, 600, 10  # when the first state is saved, see early_step
 
 
 def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y: torch.Tensor, shown: torch.Tensor):
@@ -57,7 +59,7 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
     chances = args.flip, args.class_dropout_prob, args.null_prob
     shape = (run.model.in_channels, size, size)
     noise = draw_step_noise(args.global_seed, step, args.global_batch_size, shape, *chances, device)
-    noise = {name: values[batches.mine] for name, values in noise.items()}
+    noise = {name: values[batches.local_slice] for name, values in noise.items()}
 
     # Map images to latents (n, C, h, w):
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -70,16 +72,16 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
 
     # Compute losses and gradients:
     try:
-        terms = backward(run.accelerator, run.wrapped, DIFFUSION, latents, y, noise, run.passes)
+        terms = forward_backward(run.accelerator, run.wrapped, DIFFUSION, latents, y, noise, run.passes)
     except torch.OutOfMemoryError as error:
-        images = -(-batches.share // run.passes)
+        images = -(-batches.local_batch // run.passes)
         raise ValueError(
             f"The GPU's memory is full with {images} images in a forward pass ({str(error).split('. ')[0]}), expected room: "
             f"{memory.advice(images // 2)}."
         ) from None
 
     # Update the weights and their EMA:
-    run.logger.add_step(terms, run.update.step(), batches.rows(step)[batches.mine], shown)
+    run.logger.add_step(terms, run.update.step(), batches.rows(step)[batches.local_slice], shown)
     run.ema.update(step)
 
 
@@ -90,23 +92,8 @@ def adapter_path(run: Run) -> Path:
     return run.folder / f"adapters/{run.step:07d}.safetensors"
 
 
-def save_preview(args: argparse.Namespace, run: Run):
-    """Save a grid of samples of the EMA model, from fixed noise."""
-    model, count = run.model, min(args.preview_images, run.model.y_embedder.num_classes)
-    labels = np.linspace(0, model.y_embedder.num_classes - 1, count).round().astype(int)
-    run.ema.swap()
-    model.eval()
-    with run.accelerator.autocast():
-        images = run.autoencoder.decode(sample_latents(model, labels, range(count), **PREVIEW)).clamp(-1, 1)
-    model.train()
-    run.ema.swap()
-    grid = make_grid(images.cpu(), nrow=4, normalize=True, value_range=(-1, 1))
-    atomic_write(run.folder / f"samples/{run.step:07d}.png", lambda part: save_image(grid, part, format="png"))
-    run.logger.log_images(grid, run.step)
-
-
 def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
-    """Save the training state, and with `adapter` a preview and the adapter before it; called by all processes.
+    """Save the training state, and with `adapter` the adapter before it and a preview after it; called by all processes.
 
     The losses so far are checked first: nothing is written of a run with non-finite losses.
     """
@@ -116,18 +103,59 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
 
     def write():
         if adapter:
-            if args.preview_images:
-                save_preview(args, run)
             dtype = DTYPES[args.adapter_dtype]
             save_adapter(adapter_path(run), run.ema.average, run.model, description, dtype)
-        path = run.folder / f"states/{run.step:07d}.safetensors"  # written last: a step with a state has its adapter
+        path = (
+            run.folder / f"states/{run.step:07d}.safetensors"
+        )  # after the adapter: a step with a state has its adapter
         epoch, scale = run.step // run.batches.steps_per_epoch, scaler.state_dict() if scaler else None
         state = replace(description, epoch=epoch, scaler=scale)
         save_state(path, run.parameters, run.ema.average, run.optimizer, run.logger.guard.open_row, state)
         delete_old_states(path, args.keep_states)
+        if adapter and args.preview_images:
+            try:
+                save_preview(args, run)
+            except (RuntimeError, OSError) as error:  # out of memory, a full disk: the state is safe
+                run.logger.append_line(
+                    f"The preview of step {run.step} failed ({one_line(error)}): training continues without it."
+                )
 
     run_on_main(run.accelerator, write)
     run.logger.exclude_time(time.perf_counter() - begun)
+
+
+def save_preview(args: argparse.Namespace, run: Run):
+    """Save a grid of samples of the EMA model, from fixed noise."""
+    model, count = run.model, min(args.preview_images, run.model.y_embedder.num_classes)
+    labels = np.linspace(0, model.y_embedder.num_classes - 1, count).round().astype(int)
+    run.ema.swap()
+    model.eval()
+    try:
+        with run.accelerator.autocast():
+            latents = sample_latents(model, labels, range(count), **PREVIEW)
+            images = torch.cat([run.autoencoder.decode(each).clamp(-1, 1).cpu() for each in latents.split(1)])
+    finally:
+        model.train()
+        run.ema.swap()
+    grid = make_grid(images, nrow=4, normalize=True, value_range=(-1, 1))
+    atomic_write(run.folder / f"samples/{run.step:07d}.png", lambda part: save_image(grid, part, format="png"))
+    run.logger.log_images(grid, run.step)
+
+
+def early_step(run: Run, begun: float) -> int:
+    """Return the step of the first state, at most EARLY_STEPS after the start and about EARLY_SECONDS after it.
+
+    A state this early shows a broken results folder before much is lost. `begun`: time.perf_counter() at the start.
+    Called by all processes MEASURED_STEPS after the start; the main process decides.
+    """
+
+    def steps_in_time():
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return int(EARLY_SECONDS * MEASURED_STEPS / max(time.perf_counter() - begun, 1e-9))
+
+    steps = ask_main(run.accelerator, steps_in_time)
+    return run.batches.start_step + max(MEASURED_STEPS, min(EARLY_STEPS, steps))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -148,6 +176,7 @@ def train(args: argparse.Namespace):
         worker_init_fn=Signals.leave_to_parent,
     )
     signals = Signals(accelerator.num_processes)
+    begun, early = time.perf_counter(), None
 
     # Train, log and save:
     with closing(logger.iterate(loader)) as steps:
@@ -157,8 +186,12 @@ def train(args: argparse.Namespace):
             last, code = run.step == batches.max_steps, signals.agreed()
             if run.step % args.log_every == 0 or last:
                 logger.write_row(run.step, lr=run.optimizer.param_groups[0]["lr"])
+            if run.step == batches.start_step + MEASURED_STEPS:
+                early = early_step(run, begun)
             if run.step % args.ckpt_every == 0 or last:
                 save_checkpoint(args, run, adapter=True)
+            elif run.step == early:
+                save_checkpoint(args, run, adapter=False)
             if code and not last:
                 save_checkpoint(args, run, adapter=False)
                 logger.log(f"signal received, state of step {run.step} saved; run the same command to resume")
@@ -166,7 +199,7 @@ def train(args: argparse.Namespace):
     signals.release()
 
     # Finish: an earlier start may have received a signal at this very step and saved no adapter
-    if not adapter_path(run).is_file():
+    if not ask_main(accelerator, adapter_path(run).is_file):
         save_checkpoint(args, run, adapter=True)
     accelerator.print(adapter_path(run))
     keep_process_group()

@@ -1,10 +1,11 @@
 """Helpers for several processes under torchrun or accelerate."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from runtime.device import check_gpu
 
@@ -22,6 +23,14 @@ def run_on_main(accelerator, action, *arguments):
     if failure[0]:
         raise failure[0]
     return result
+
+
+def ask_main(state: PartialState | Accelerator, question: Callable[[], object]) -> object:
+    """Return the main process's answer on all processes. The answer must be picklable."""
+    answer = [run_on_main(state, question)]
+    if state.num_processes > 1:
+        torch.distributed.broadcast_object_list(answer)
+    return answer[0]
 
 
 def attempt_store():

@@ -147,7 +147,7 @@ def add_output_flags(add: Callable):
         default="none",
         help="tracker that gets the same rows and the sample grids",
     )
-    add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints: an adapter and a training state")
+    add("--ckpt-every", type=int, default=5_000, help="steps between checkpoints: an adapter and a training state")
     add("--keep-states", type=int, default=3, help="number of recent states to keep; adapters are never deleted")
     add("--adapter-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="number format of adapter files")
     add("--preview-images", type=int, default=16, help="images in the sample grid of each checkpoint; 0 for no grid")
