@@ -105,9 +105,8 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
         if adapter:
             dtype = DTYPES[args.adapter_dtype]
             save_adapter(adapter_path(run), run.ema.average, run.model, description, dtype)
-        path = (
-            run.folder / f"states/{run.step:07d}.safetensors"
-        )  # after the adapter: a step with a state has its adapter
+        # after the adapter, so that a step with a state has its adapter:
+        path = run.folder / f"states/{run.step:07d}.safetensors"
         epoch, scale = run.step // run.batches.steps_per_epoch, scaler.state_dict() if scaler else None
         state = replace(description, epoch=epoch, scaler=scale)
         save_state(path, run.parameters, run.ema.average, run.optimizer, run.logger.guard.open_row, state)
