@@ -1,12 +1,10 @@
-"""Images of a folder with the labels of a hierarchy, cached latents, and the order of a training.
+"""Images of a folder as a data set: decoding, centre crop, and a substitute for an image that cannot be read.
 
-Every item is a function of its index alone (the flip is the trainer's), and the rows of a step are
-a function of the seed and the step alone: a resume or another number of GPUs sees the same data.
+Each item depends on its index alone (the trainer flips images), so that a resumed run and any number of GPUs see the
+same data.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -15,47 +13,31 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from dataset.listing import fingerprint, label_warnings, list_files
 from hierarchy import Hierarchy
-from hierarchy.layouts import list_files, sorted_as_text
-from runtime.text import shorten
-
-
-def list_images(root: str | os.PathLike, hierarchy: Hierarchy) -> tuple[list[str], torch.Tensor]:
-    """Paths of the images of a data set, by class and within a class by name, and int64 labels (N,); see
-    `folders.list_files`."""
-    listing = list_files(root, hierarchy)
-    return [os.path.join(listing.root, name) for name in listing.names], torch.tensor(listing.labels)
-
-
-def fingerprint(names: list[str], labels: list[int]) -> str:
-    """sha256 (hex) of the relative paths and labels of a data set: the same wherever it lies, and for its latents."""
-    return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
-
-
-def label_warnings(hierarchy: Hierarchy) -> list[str]:
-    if not sorted_as_text(hierarchy.classes):
-        return []
-    return [
-        f"The class folders are numbered without padding and sorted as text, so that {shorten(hierarchy.classes)} have the "
-        "labels 0, 1, 2: pad the numbers with zeros if they are meant as labels."
-    ]
-
+from runtime.text import one_line, shorten
 
 # ---- pixels --------------------------------------------------------------------------------------
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB at 8 bits, all of it decoded. Pillow clips 16-bit grey at 255, so it is scaled here: 65535 -> 255."""
+    """Decode an image completely and convert it to 8-bit RGB.
+
+    16-bit grey is scaled, 65535 to 255; Pillow would clip it at 255.
+    """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large one
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy a large image
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square at (size, size), as in ADM (Dhariwal & Nichol 2021): box filter
-    halvings while the short side is at least 2 * size, then bicubic to `size`, then the crop."""
+    """Crop the largest centred square and resize it to (size, size), as ADM does (Dhariwal & Nichol 2021).
+
+    The image is halved with a box filter while its short side is at least 2 * size, resized to a short side of `size`
+    with a bicubic filter, then cropped.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -66,91 +48,98 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class UnreadableImage(ValueError):
+    """An image file that cannot be decoded."""
+
     def __init__(self, text: str):
-        # a DataLoader raises it again with a worker's traceback before the sentence: cut that off
+        # a DataLoader raises it again with the worker's traceback before the sentence: cut that off
         super().__init__(" ".join(text.split("UnreadableImage: ")[-1].split()))
 
 
 def read_crop(path: str | os.PathLike, size: int) -> Image.Image:
-    """The centre crop (size, size) of an image file, RGB; UnreadableImage if the file is not a whole image, or one of
-    more pixels than Pillow takes for harmless (2 * Image.MAX_IMAGE_PIXELS).
+    """Return the centre crop of an image file, RGB (size, size).
 
-    A JPEG whose short side is at least 4 * size is shrunk by 2, 4 or 8 as it is decoded, to a short side of at least
-    2 * size: there its cosine transform is cut off, in place of all halvings of `center_crop` but the last. That is
-    2 to 5 times as fast for 4000 x 3000 pixels at 256. Levels of 255 are then lower by 0.5 for each such halving, which
-    rounds up, and differ by 1 besides (root mean square; more where a side is odd, as halving shifts pixels there).
+    A JPEG whose short side is at least 4 * size is shrunk by 2, 4 or 8 during decoding, to a short side of at least
+    2 * size: the decoder truncates its cosine transform, in place of all halvings of `center_crop` but the last. At
+    256 pixels this is 2 to 5 times as fast for 4000 x 3000 pixels. Each halving that is replaced lowers the levels
+    (0 to 255) by 0.5, since the box filter rounds up. Besides that they differ by 1 (root mean square); by more if a side
+    is odd, since halving then shifts pixels.
+
+    Raises UnreadableImage if the file is damaged, is not an image, or has more than 2 * Image.MAX_IMAGE_PIXELS pixels.
     """
     try:
         with Image.open(path) as image:
             draft = image.draft(None, (2 * size, 2 * size)) if min(image.size) >= 4 * size else None  # None: no JPEG
             image = to_rgb(image)
-    except Exception as error:  # decoders raise all sorts of them at a damaged file
-        raise UnreadableImage(f"Cannot read image {path} ({error}): replace or remove it.") from None
+    except Exception as error:  # decoders raise exceptions of many types
+        raise UnreadableImage(f"Cannot read image {path} ({one_line(error)}): replace or remove it.") from None
     if draft:
-        box = draft[1]  # of the image among the decoded pixels: its sides are fractions, the pixels fill whole blocks
+        box = draft[1]  # of the image in the decoded pixels: its sides are fractions, the pixels fill complete blocks
         image = image.resize((int(box[2]) // 2, int(box[3]) // 2), Image.Resampling.BOX, box)
     return center_crop(image, size)
 
 
+def image_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """Convert uint8 (H, W, 3) to float32 (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+# ---- the data set --------------------------------------------------------------------------------
+
+
 class ImageData(Dataset):
-    """Item i: the centre crop of image i, float32 (3, image_size, image_size) in [-1, 1]; its label; i.
+    """Images of a folder. Item i is (centre crop of image i, label, index of the image shown).
 
-    Where image i cannot be read, the next one of its class that can stands for it (after the last comes the first),
-    and its index is what the item tells; UnreadableImage if the class has none.
+    The crop is float32 (3, image_size, image_size) in [-1, 1]. If image i cannot be read, the next readable image of its
+    class is shown (after the last comes the first). Reading an item raises UnreadableImage if the class has none.
 
-    root         folder that the names are relative to
-    names        path of each image
+    root         folder that the paths are relative to
+    paths        path of each image below `root`
     labels       int64 (N,)
-    ignored      paths of what was passed over: hidden files, files that are no images
-    warnings     sentences about what may not be as it was meant
+    ignored      paths of hidden files and of files that are not images
+    fingerprint  SHA-256 of paths and labels
+    warnings     sentences about properties of the folder that may be mistakes
     """
 
     def __init__(self, root: str | os.PathLike, hierarchy: Hierarchy, image_size: int):
         if image_size < 1:
-            raise ValueError(f"--image-size is {image_size}; expected at least 1.")
-        self.root, self.names, labels, self.ignored = list_files(root, hierarchy)
+            raise ValueError(f"--image-size is {image_size}, expected at least 1.")
+        self.root, self.paths, labels, self.ignored = list_files(root, hierarchy)
         self.labels = torch.tensor(labels)
-        self.fingerprint = fingerprint(self.names, labels)
+        self.fingerprint = fingerprint(self.paths, labels)
         self.warnings = label_warnings(hierarchy)
         if self.ignored:
-            self.warnings.append(f"Passed over as no images: {len(self.ignored)} ({shorten(self.ignored)}).")
+            self.warnings.append(
+                f"Ignored entries that are not images in a class folder: {len(self.ignored)} ({shorten(self.ignored)})."
+            )
         self.image_size = image_size
 
-    def __len__(self):
-        return len(self.names)
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
         try:
-            pixels, shown = self.pixels(i), i
+            pixels, shown = self.read_pixels(i), i
         except UnreadableImage as error:
-            pixels, shown = self.stand_in(i, error)
+            pixels, shown = self.read_substitute(i, error)
         return image_tensor(pixels), int(self.labels[i]), shown
 
-    def name(self, i: int) -> str:
-        """Path of image i below the root."""
-        return self.names[i]
+    def read_pixels(self, i: int) -> np.ndarray:
+        """Return the centre crop of image i, uint8 (image_size, image_size, 3)."""
+        return np.array(read_crop(os.path.join(self.root, self.paths[i]), self.image_size))
 
-    def pixels(self, i: int) -> np.ndarray:
-        """uint8 (image_size, image_size, 3) of image i and no other."""
-        return np.array(read_crop(os.path.join(self.root, self.names[i]), self.image_size))
-
-    def stand_in(self, i: int, error: UnreadableImage) -> tuple[np.ndarray, int]:
+    def read_substitute(self, i: int, error: UnreadableImage) -> tuple[np.ndarray, int]:
+        """Return pixels and index of the next readable image in the class of image i, which failed with `error`."""
         first, end = torch.searchsorted(self.labels, torch.stack([self.labels[i], self.labels[i] + 1])).tolist()
         for j in (*range(i + 1, end), *range(first, i)):
             with contextlib.suppress(UnreadableImage):
-                return self.pixels(j), j
-        folder = Path(self.root, self.names[i]).parent
+                return self.read_pixels(j), j
+        folder = Path(self.root, self.paths[i]).parent
         raise UnreadableImage(
-            f"None of the {end - first} images of class folder {folder} can be read ({error}), expected at least one: "
-            "replace them or remove the class from folder and hierarchy."
+            f"None of the {end - first} images of class folder {folder} can be read ({one_line(error)}), expected at least "
+            "one: replace them, or remove the class from the folder and the hierarchy."
         )
 
 
-def image_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]"""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1
-
-
-def collate(batch):
-    """A DataLoader's batch of either data set: (x, labels, indices of the images shown)."""
+def collate(batch: tuple | list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Collate for a DataLoader of `ImageData` or `LatentData`: (x, labels, indices of the images shown)."""
     return batch if isinstance(batch, tuple) else default_collate(batch)

@@ -1,15 +1,20 @@
-"""The files of cached latents, which `tools.encode_latents` writes and `data.LatentData` reads. N images, F flips:
+"""Cached latents on the disk: `tools.encode_latents` writes them, `LatentData` reads them.
 
-moments.npy   float16 (N, F, 2C, h, w), hashed by chunks of `chunk` images
+A folder of N images with F flips (2: the image and its mirror image, 1: the image alone) holds
+
+moments.npy   float16 (N, F, 2C, h, w); the first C channels are the mean of the VAE's posterior, the last C its standard
+              deviation, both times the VAE's scale
 labels.npy    int64 (N,)
-images.txt    the images' paths, one a line
-latents.json  what was encoded and how, the SHA-256 of the others, and one of itself
+images.txt    the paths of the images, one per line
+latents.json  what was encoded and how; the SHA-256 of each chunk of moments.npy (`chunk` images), of the other two files,
+              and of this record itself
 """
 
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,80 +22,57 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.images import label_warnings
+from autoencoder import Autoencoder
+from dataset.listing import label_warnings
 from hierarchy import Hierarchy
 from runtime.files import atomic_write, path_in_errors, sha256
 
 FORMAT = "finediffusion-latents-2"
-NPY_HEADER = 128  # bytes before the numbers of moments.npy; numpy pads the header of any such shape to this
+NPY_HEADER = 128  # bytes of moments.npy before the data; numpy pads the header of every such shape to this
+
+
+# ---- moments.npy in chunks -----------------------------------------------------------------------
+# info: the record of latents.json, with images (N), flips (F), channels (C), size (h = w) and chunk
 
 
 def moments_shape(info: dict) -> tuple[int, ...]:
+    """Return (N, F, 2C, h, w)."""
     return info["images"], info["flips"], 2 * info["channels"], info["size"], info["size"]
 
 
-def chunk_rows(info: dict, k: int) -> range:
-    """The images of chunk k."""
-    return range(k * info["chunk"], min((k + 1) * info["chunk"], info["images"]))
+def item_bytes(info: dict) -> int:
+    """Return the size of the moments of one image."""
+    return 2 * info["flips"] * 2 * info["channels"] * info["size"] ** 2
 
 
 def chunk_count(info: dict) -> int:
     return -(-info["images"] // info["chunk"])
 
 
-def item_bytes(info: dict) -> int:
-    """Of the moments of one image."""
-    return 2 * info["flips"] * 2 * info["channels"] * info["size"] ** 2
+def chunk_rows(info: dict, k: int) -> range:
+    """Return the indices of the images in chunk k."""
+    return range(k * info["chunk"], min((k + 1) * info["chunk"], info["images"]))
 
 
 def chunk_span(info: dict, k: int) -> tuple[int, int]:
-    """First byte of chunk k in moments.npy, and the first after it; the file's header belongs to chunk 0."""
+    """Return the first byte of chunk k in moments.npy and the first after it; chunk 0 includes the file's header."""
     rows, item = chunk_rows(info, k), item_bytes(info)
     return (NPY_HEADER + rows.start * item) * (k > 0), NPY_HEADER + rows.stop * item
 
 
 def chunk_hash(root: Path, info: dict, k: int) -> str:
-    """sha256 (hex) of chunk k as it stands in the file."""
+    """Return the SHA-256 (hex) of chunk k in the file."""
     first, end = chunk_span(info, k)
     with open(root / "moments.npy", "rb") as file:
         file.seek(first)
         return hashlib.sha256(file.read(end - first)).hexdigest()
 
 
-def create_moments_file(root: Path, info: dict):
-    """An empty moments.npy."""
-    shape = moments_shape(info)
-    path = root / "moments.npy"
-    with path_in_errors(path):
-        moments = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    assert moments.offset == NPY_HEADER, moments.offset
-
-
-def write_metadata(root: Path, info: dict, names: list[str], labels: torch.Tensor, hashes: list[str], skipped: list):
-    """Write the other files once moments.npy is whole; latents.json comes last.
-
-    hashes: of each chunk; skipped: (i, j) for each image i that could not be read and the j that stands for it.
-    """
-    stream = io.BytesIO()
-    np.save(stream, labels.numpy())
-    files = {
-        "labels.npy": stream.getvalue(),
-        "images.txt": "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape"),
-    }
-    for name, content in files.items():
-        atomic_write(root / name, lambda part, content=content: part.write_bytes(content))
-    hashes = {"moments.npy": hashes} | {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    write_sealed(root / "latents.json", info | {"skipped": skipped, "hashes": hashes})
-
-
-def read_image_names(root: Path) -> list[str]:
-    return (root / "images.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
-
-
-# ---- records that carry their own hash -----------------------------------------------------------
+# ---- records that include their own hash ---------------------------------------------------------
 
 
 def sealed(record: dict) -> str:
+    """Return a record with its SHA-256 as a line of JSON."""
     digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
     return json.dumps(record | {"sha256": digest}) + "\n"
 
@@ -100,7 +82,7 @@ def write_sealed(path: Path, record: dict):
 
 
 def read_sealed(path: Path) -> dict:
-    """What `write_sealed` wrote; ValueError if it is of another format or one of its bytes has changed."""
+    """Return the record that `write_sealed` wrote; raise ValueError if its format is another or a byte has changed."""
     content = path.read_bytes()
     try:
         record = json.loads(content)
@@ -119,29 +101,71 @@ def read_sealed(path: Path) -> dict:
 
 def damaged_error(path: Path, where: str = "") -> ValueError:
     return ValueError(
-        f"{path} is not as it was written{where} (its SHA-256 is another): remove {path.parent} and encode the images "
-        "again."
+        f"{path} is damaged{where} (its size or SHA-256 has changed): remove {path.parent} and encode the images again."
     )
 
 
-# ---- latents -------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def create_moments_file(root: Path, info: dict):
+    """Create a moments.npy of the final size, filled with zeros."""
+    path = root / "moments.npy"
+    with path_in_errors(path):
+        moments = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=moments_shape(info))
+    assert moments.offset == NPY_HEADER, moments.offset
+
+
+def write_metadata(
+    root: Path,
+    info: dict,
+    paths: Iterable[str],
+    labels: torch.Tensor,
+    hashes: Sequence[str],
+    skipped: Sequence[tuple[int, int]],
+):
+    """Write the other files once moments.npy is complete; latents.json comes last.
+
+    hashes: SHA-256 of each chunk. skipped: (i, j) for each image i that could not be read and its substitute j.
+    """
+    stream = io.BytesIO()
+    np.save(stream, labels.numpy())
+    files = {
+        "labels.npy": stream.getvalue(),
+        "images.txt": "".join(f"{path}\n" for path in paths).encode("utf-8", "surrogateescape"),
+    }
+    for name, content in files.items():
+        atomic_write(root / name, lambda part, content=content: part.write_bytes(content))
+    hashes = {"moments.npy": hashes} | {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    write_sealed(root / "latents.json", info | {"skipped": skipped, "hashes": hashes})
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class LatentData(Dataset):
-    """What `tools.encode_latents` wrote: item i is float16 (F, 2C, h, w), the label, and the index of the image shown.
+    """Cached latents. Item i is (moments of image i, label, index of the image shown).
 
-    F = 2: the image and its mirror image, F = 1: the image alone. The first C channels are the
-    mean of the VAE's posterior, the last C its standard deviation, both times the VAE's scale.
-    The index is not i where image i could not be read when it was encoded, see `ImageData`.
+    The moments are float16 (F, 2C, h, w), see the module docstring. The index differs from i if image i could not be read
+    when it was encoded, see `ImageData`.
 
-    `info` is latents.json. A changed byte in that file, in the labels or names is a ValueError here, one in the
-    moments is left to `verify`.
+    Opening the folder checks latents.json, the labels and the paths, and raises ValueError if a byte has changed;
+    `verify` checks the moments.
+
+    info         the record of latents.json
+    paths        path of each image below the root of its data set
+    labels       int64 (N,)
+    shown        index of the image that was encoded for each item, int64 (N,)
+    fingerprint  that of the encoded `ImageData`
+    warnings     sentences about properties of the folder that may be mistakes
     """
 
     def __init__(self, root: str | os.PathLike, hierarchy: Hierarchy | None = None):
         self.root = Path(root)
         if not (self.root / "latents.json").is_file():
-            raise ValueError(f"{root} holds no latents.json: write it to the end with python -m tools.encode_latents.")
+            raise ValueError(
+                f"{root} has no latents.json, expected finished latents: run python -m tools.encode_latents to its end."
+            )
         self.info = read_sealed(self.root / "latents.json")
         for name in ("labels.npy", "images.txt"):
             if sha256(self.root / name) != self.info["hashes"][name]:
@@ -151,8 +175,8 @@ class LatentData(Dataset):
         self.hierarchy = Hierarchy.from_dict(self.info["hierarchy"])
         if hierarchy is not None and hierarchy != self.hierarchy:
             raise ValueError(
-                f"The latents in {root} were labelled by another hierarchy "
-                f"({self.hierarchy!r}) than the one given ({hierarchy!r}): encode them again."
+                f"The latents in {root} were labelled by another hierarchy ({self.hierarchy!r}) than the one given "
+                f"({hierarchy!r}): encode the images again."
             )
         self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
         most = self.hierarchy.num_classes - 1
@@ -168,8 +192,8 @@ class LatentData(Dataset):
         self.warnings = label_warnings(self.hierarchy)
 
     @cached_property
-    def names(self) -> list[str]:
-        return read_image_names(self.root)
+    def paths(self) -> list[str]:
+        return (self.root / "images.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
 
     @property
     def chunk_hashes(self) -> list[str]:
@@ -180,44 +204,46 @@ class LatentData(Dataset):
         shape = moments_shape(self.info)
         return np.memmap(self.root / "moments.npy", np.float16, "r", NPY_HEADER, shape).view(np.ndarray)
 
-    def name(self, i: int) -> str:
-        """Path of image i below the root of its data set."""
-        return self.names[i]
-
     def verify(self, rank: int = 0, world: int = 1):
-        """Compare this rank's share of the moments with the hashes taken when they were written; ValueError naming the
-        file and its images where they differ. Reads N / world items, which warms the page cache too."""
+        """Compare every `world`-th chunk, from chunk `rank` on, with its SHA-256; raise ValueError if one differs.
+
+        Reads N / world items, which also warms the page cache.
+        """
         for k in range(rank, len(self.chunk_hashes), world):
             if chunk_hash(self.root, self.info, k) != self.chunk_hashes[k]:
                 rows = chunk_rows(self.info, k)
                 raise damaged_error(self.root / "moments.npy", f" in images {rows[0]} to {rows[-1]}")
 
-    def check(self, autoencoder, image_size: int, flip: bool):
-        """ValueError if they were encoded otherwise than the training would."""
-        for what, wanted in (
+    def check_settings(self, autoencoder: Autoencoder, image_size: int, flip: bool):
+        """Raise ValueError if the latents were encoded with other settings than these of a training.
+
+        flip: whether the training needs the mirror images too.
+        """
+        for setting, expected in (
             ("image size", image_size),
             ("channels", autoencoder.channels),
             ("scale", autoencoder.scale),
             ("flips", 2 if flip else self.info["flips"]),
         ):
-            found = self.info[what.replace(" ", "_")]
-            if found != wanted:
+            found = self.info[setting.replace(" ", "_")]
+            if found != expected:
                 raise ValueError(
-                    f"The latents in {self.root} have {what} {found}, the training asks for "
-                    f"{wanted}: change its flags or encode them again."
+                    f"The latents in {self.root} have {setting} {found}, expected {expected} for this training: change its "
+                    "flags or encode the images again."
                 )
 
-    def __getstate__(self):  # a pickled memory map is the whole array: a worker opens its own
-        return {name: value for name, value in self.__dict__.items() if name != "moments"}
+    def __getstate__(self) -> dict:
+        """Leave out the memory map: pickled it would be the complete array, and a worker opens its own."""
+        return {name: value for name, value in vars(self).items() if name != "moments"}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
         x, label, shown = self.__getitems__([i])
         return x[0], int(label), int(shown)
 
-    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A whole batch by one gather, for a DataLoader with `collate`; item by item takes 7 times as long."""
+    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a complete batch, for a DataLoader with `collate`; one gather is 7 times as fast as single items."""
         rows = torch.tensor(rows)
         return torch.from_numpy(self.moments.take(rows.numpy(), axis=0)), self.labels[rows], self.shown[rows]

@@ -1,4 +1,4 @@
-"""Which superclass a class has, what both are called, and how data sets lie on the disk."""
+"""Hierarchies of classes and superclasses, and the folder layouts of data sets."""
 
 from hierarchy.hierarchy import Hierarchy
 

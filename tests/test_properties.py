@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from checkpoint.description import ADAPTER, STATE
 from checkpoint.format import read_weights, save_safetensors
+from dataset.listing import list_files
 from hierarchy import Hierarchy, archive
-from hierarchy.layouts import list_files
 from training.batches import StepBatches
 
 # ---- hierarchies ------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def test_folders_in_any_order_are_labelled_by_name(tmp_path_factory, made, class
     )
     for h in (own, Hierarchy([Path(c).name for c in classes], own.superclasses, [int(c > "d") for c in classes])):
         listing = list_files(root, h)
-        assert [h.classes[label] for label in listing.labels] == [Path(name).parent.name for name in listing.names]
-        assert listing.labels == sorted([*range(6)] * 2) and sorted(listing.names) == sorted(
+        assert [h.classes[label] for label in listing.labels] == [Path(path).parent.name for path in listing.paths]
+        assert listing.labels == sorted([*range(6)] * 2) and sorted(listing.paths) == sorted(
             f"{folder}/{i}.jpg" for folder in FOLDERS for i in (0, 1)
         )
 

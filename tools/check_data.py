@@ -1,18 +1,18 @@
-"""Look through the images of a data set before a training: how many each class has, and which are damaged or unusual.
+"""Check the images of a data set before a training: count them by class, and name damaged and unusual ones.
 
     python -m tools.check_data inat/train_mini --hierarchy inat2021 --json findings.json
 
-Every image is decoded to its last pixel, in parallel. The folder is read as train.py reads it: superclass/class/*,
-class/*, iNaturalist or VegFru as they unpack, or one of the lists of VegFru.
+Every image is decoded completely, in parallel. The folder is read as train.py reads it: superclass/class/*, class/*,
+iNaturalist or VegFru as they unpack, or a list file of VegFru.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -26,9 +26,9 @@ from runtime.cli import Parser, run_command
 from runtime.files import atomic_write, sha256
 from runtime.text import shorten
 
-UNREADABLE = {  # finding: what a training makes of such an image
-    "unreadable": "no image, or damaged: the next of its class is shown",
-    "truncated": "the file ends too early: the next of its class is shown",
+UNREADABLE = {  # finding: what a training does with such an image
+    "unreadable": "not an image, or damaged: the next image of its class is shown",
+    "truncated": "the file ends too early: the next image of its class is shown",
 }
 TOLERATED = {
     "small": "the short side is below --image-size: enlarged",
@@ -36,26 +36,32 @@ TOLERATED = {
     "palette": "converted to RGB",
     "16-bit": "scaled to 8 bits",
     "animated": "the first frame is used",
-    "duplicate": "the bytes of another image: shown as often as it is there",
+    "duplicate": "the same bytes as another image: both are used",
 }
-MOST_WORKERS = len(os.sched_getaffinity(0))
-CODES = f"""exit codes:
-  0  nothing found
+CORES = len(os.sched_getaffinity(0))
+DESCRIPTION = f"""{__doc__.splitlines()[0]}
+
+exit codes:
+  0  no findings
   1  findings that a training tolerates: {", ".join(TOLERATED)}
-  2  wrong flags, or a folder that is no data set
+  2  wrong flags, or a folder that is not a data set
   3  images that cannot be read: {", ".join(UNREADABLE)}
+"""
+EXAMPLES = """
+python -m tools.check_data data/pets
+python -m tools.check_data inat/train_mini --hierarchy inat2021 --json findings.json
 """
 
 
-# ---- one image -----------------------------------------------------------------------------------
+# ---- examination ---------------------------------------------------------------------------------
 
 
-def examine(path, image_size):
-    """{finding: detail} of an image file."""
+def examine(path: str | os.PathLike, image_size: int) -> dict[str, str]:
+    """Return {finding: detail} for an image file."""
     found = {}
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd metadata, or many pixels
+            warnings.simplefilter("ignore")  # about odd metadata, or many pixels
             raw_modes = [image.mode, *(str(tile[3]) for tile in image.tile)]  # such as "RGB;16B", which opens as RGB
             if min(image.size) < image_size:
                 found["small"] = f"{image.width} x {image.height}"
@@ -68,48 +74,45 @@ def examine(path, image_size):
             to_rgb(image)
             if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photograph with a preview
                 found["animated"] = image.format
-    except Exception as error:  # decoders raise all sorts of them at a damaged file
+    except Exception as error:  # decoders raise exceptions of many types
         kind = "truncated" if isinstance(error, EOFError) or "truncated" in str(error).lower() else "unreadable"
         found[kind] = f"{type(error).__name__}: {error}"
     return found
 
 
-# ---- all images ----------------------------------------------------------------------------------
-
-
-def examine_all(data, workers):
-    """{finding: {number of an image: detail}}, in the order of the images."""
-    paths = [os.path.join(data.root, name) for name in data.names]
+def examine_all(data: ImageData, workers: int) -> dict[str, dict[int, str]]:
+    """Return {finding: {index of an image: detail}} for all images, in their order."""
+    files = [os.path.join(data.root, path) for path in data.paths]
     findings = {kind: {} for kind in UNREADABLE | TOLERATED}
     with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(examine, paths, repeat(data.image_size), chunksize=16)
-        for i, found in enumerate(tqdm(results, total=len(paths), unit="image")):
+        results = pool.map(examine, files, repeat(data.image_size), chunksize=16)
+        for i, found in enumerate(tqdm(results, total=len(files), unit="image")):
             for kind, detail in found.items():
                 findings[kind][i] = detail
-        broken = {i for kind in UNREADABLE for i in findings[kind]}
-        same_size = groups({i: os.path.getsize(path) for i, path in enumerate(paths) if i not in broken})
-        twice = [i for group in same_size for i in group]
-        hashes = pool.map(sha256, [paths[i] for i in twice], chunksize=16)
-        for first, *others in groups(dict(zip(twice, hashes))):
+        readable = set(range(len(files))).difference(*(findings[kind] for kind in UNREADABLE))
+        same_size = group_equal({i: os.path.getsize(files[i]) for i in sorted(readable)})
+        candidates = [i for group in same_size for i in group]
+        hashes = pool.map(sha256, [files[i] for i in candidates], chunksize=16)
+        for first, *others in group_equal(dict(zip(candidates, hashes))):
             for i in others:
                 other_class = data.labels[i] != data.labels[first]
-                findings["duplicate"][i] = data.name(first) + (", which is another class" if other_class else "")
+                findings["duplicate"][i] = data.paths[first] + (", which is another class" if other_class else "")
     return findings
 
 
-def groups(values):
-    """Keys of {key: value} that share a value, for those values that several share."""
-    keys = defaultdict(list)
+def group_equal(values: dict) -> list[list]:
+    """Return the keys with equal values as lists of two or more."""
+    groups = defaultdict(list)
     for key, value in values.items():
-        keys[value].append(key)
-    return [group for group in keys.values() if len(group) > 1]
+        groups[value].append(key)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 
 
-def counts(data, hierarchy):
-    """({class: images}, {superclass: {class: images}})"""
+def count_images(data: ImageData, hierarchy: Hierarchy) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return {class: number of images} and {superclass: {class: number of images}}."""
     number = Counter(data.labels.tolist())
     classes = {name: number[label] for label, name in enumerate(hierarchy.classes)}
     superclasses = {name: {} for name in hierarchy.superclasses}
@@ -118,7 +121,13 @@ def counts(data, hierarchy):
     return classes, superclasses
 
 
-def say(data, classes, superclasses, findings):
+def print_report(
+    data: ImageData,
+    classes: dict[str, int],
+    superclasses: dict[str, dict[str, int]],
+    findings: dict[str, dict[int, str]],
+):
+    """Print a table of the counts, then the warnings and the findings."""
     width = max(map(len, ["superclass", *superclasses]))
     print(f"{'superclass':{width}}  classes   images  per class: least  median  most")
     for name, members in {**superclasses, "all": classes}.items():
@@ -132,30 +141,31 @@ def say(data, classes, superclasses, findings):
         print(warning)
     for kind, meaning in (UNREADABLE | TOLERATED).items():
         if findings[kind]:
-            print(f"{len(findings[kind]):,} {kind} ({meaning}): {shorten(data.name(i) for i in findings[kind])}")
+            print(f"{len(findings[kind]):,} {kind} ({meaning}): {shorten(data.paths[i] for i in findings[kind])}")
     if not any(findings.values()):
-        print("Nothing found.")
+        print("No findings.")
 
 
-def main(argv=None):
-    parser = Parser(
-        description=__doc__.split("\n")[0], epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None):
+    parser = Parser(description=DESCRIPTION, examples=EXAMPLES)
     add = parser.add_argument
-    add("data_path", metavar="DIR", help="folder of images, see folders.py")
-    add("--hierarchy", help="inat2021, vegfru, a .json file or a folder (default: the data's own)")
-    add("--image-size", type=int, default=256, help="smaller images are reported (default %(default)s)")
-    add("--num-workers", type=int, default=MOST_WORKERS, help="processes (default: one a core, %(default)s)")
-    add("--json", metavar="FILE", help="write the counts and every finding there")
+    add("data_path", metavar="DIR", help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add(
+        "--hierarchy",
+        help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own",
+    )
+    add("--image-size", type=int, default=256, help="pixels per side; smaller images are reported")
+    add("--num-workers", type=int, default=CORES, help="processes that decode images; if not given, one per core")
+    add("--json", metavar="FILE", help="file for the counts and all findings")
     args = parser.parse_args(argv)
     if args.num_workers < 1:
-        raise ValueError(f"--num-workers is {args.num_workers}, expected at least 1: change it.")
+        raise ValueError(f"--num-workers is {args.num_workers}, expected at least 1.")
 
     hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
-    classes, superclasses = counts(data, hierarchy)
+    classes, superclasses = count_images(data, hierarchy)
     findings = examine_all(data, args.num_workers)
-    say(data, classes, superclasses, findings)
+    print_report(data, classes, superclasses, findings)
     if args.json:
         record = {
             "root": str(data.root),
@@ -165,7 +175,7 @@ def main(argv=None):
             "superclasses": superclasses,
             "ignored": data.ignored,
             "warnings": data.warnings,
-            "findings": {kind: {data.name(i): detail for i, detail in at.items()} for kind, at in findings.items()},
+            "findings": {kind: {data.paths[i]: detail for i, detail in at.items()} for kind, at in findings.items()},
         }
         atomic_write(Path(args.json), lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
     sys.exit(3 if any(findings[kind] for kind in UNREADABLE) else int(any(findings.values())))

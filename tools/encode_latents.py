@@ -1,20 +1,21 @@
-"""Encode an image folder once, for train.py --latents: the posterior's mean and standard deviation.
+"""Encode a folder of images into latents once, for train.py --latents.
 
     torchrun --nproc_per_node=8 -m tools.encode_latents --data-path inat/train_mini --out latents256
 
-Also as plain `python -m`. The same command continues where an earlier one stopped or was killed, on
-any number of processes. Writes the files that latents.py describes, `latents.json` at the very end.
-F = 2: the image and its mirror image, which a VAE does not encode as the mirror image of the latent.
-iNaturalist's train_mini at 256 pixels takes 32 KiB an image, 16.4 GB.
+Plain `python -m` works too. If a run stops or is killed, the same command resumes it, on any number of processes. The
+files are those of dataset/latents.py; latents.json is written last. --flip also encodes the mirror image of each image,
+since a VAE does not encode it as the mirror image of the latent. At 256 pixels an image with its mirror image takes
+32 KiB, iNaturalist's train_mini 16.4 GB.
 
-An image that cannot be read gets the latents of the one that a training on images shows in its place;
-latents.json lists such under "skipped".
+An image that cannot be read gets the latents of the image that a training on images shows in its place; latents.json
+lists both under "skipped".
 """
 
 import argparse
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
+from autoencoder import Autoencoder, load_autoencoder
 from dataset import latents
 from dataset.images import ImageData
 from hierarchy import Hierarchy
@@ -33,11 +34,39 @@ from runtime.files import Lock, path_in_errors
 from runtime.processes import run_on_main, start_processes
 from runtime.text import shorten
 
-CHUNK = 512  # images that are lost at most, and shared out as one
+CHUNK = 512  # images that a process takes at a time; a killed process loses its chunk at most
+EXAMPLES = """
+torchrun --nproc_per_node=8 -m tools.encode_latents --data-path inat/train_mini --out latents256
+python -m tools.encode_latents --data-path inat/train_mini --image-size 512 --mixed-precision bf16 --out latents512
+"""
 
 
-def describe(data, hierarchy, autoencoder, args):
-    """What latents.json says: all that the numbers depend on."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", required=True, help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add(
+        "--hierarchy",
+        help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own",
+    )
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="encode the mirror images too")
+    add("--num-workers", type=int, default=4, help="processes that load images, for each encoding process")
+    add = parser.add_argument_group("model").add_argument
+    add("--vae", default="ema", help="autoencoder: ema or mse (downloaded), a local folder, or none to keep pixels")
+    add("--image-size", type=int, default=256, help="pixels per side")
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed-precision", choices=PRECISIONS, default="no", help="precision of the autoencoder, as in train.py")
+    add("--batch-size", type=int, default=32, help="images per forward pass, in each process")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", required=True, help="folder for the latents; the same command again resumes there")
+    return parser.parse_args(argv)
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def describe(data: ImageData, hierarchy: Hierarchy, autoencoder: Autoencoder, args: argparse.Namespace) -> dict:
+    """Return the record of latents.json: everything that the latents depend on."""
     return {
         "format": latents.FORMAT,
         "images": len(data),
@@ -54,13 +83,17 @@ def describe(data, hierarchy, autoencoder, args):
     }
 
 
-def prepare(out, info):
-    """Room for all moments, or the files of an earlier start with the same `info`, finished or not -> the folder's `Lock`."""
+def prepare(out: Path, info: dict) -> Lock:
+    """Create the folder with an empty moments.npy, or accept that of an earlier start with the same `info`.
+
+    Returns the lock on the folder. Raises ValueError if the folder belongs to other images or settings, if another
+    process encodes into it, or if the disk is too small.
+    """
     for path in (out / "latents.json", out / "begun.json"):
         found = latents.read_sealed(path) if path.is_file() else info
         if found | info != found:
             raise ValueError(
-                f"{path} tells of latents of other images or settings: choose another --out, or remove that folder."
+                f"{path} belongs to other images or settings: choose another --out, or remove that folder."
             )
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out, "encoding into", "--out")
@@ -75,38 +108,43 @@ def prepare(out, info):
     return lock
 
 
-def done(out, k):
-    """{"hash", "skipped"} of chunk k if it is written, else None."""
+def read_chunk_record(out: Path, k: int) -> dict | None:
+    """Return {"hash", "skipped"} of chunk k if it is complete, or else None."""
     try:
         return latents.read_sealed(out / f"done/{k}")
-    except (FileNotFoundError, ValueError):  # not yet, or damaged
+    except (FileNotFoundError, ValueError):  # not yet written, or damaged
         return None
 
 
-def moments_of(images, autoencoder, flips):
-    """(n, 3, H, W) in [-1, 1] -> float16 (n, F, 2C, h, w)"""
-    mirrored = [images, images.flip(-1)][:flips]
-    parts = [torch.cat(autoencoder.encode_moments(x), dim=1) for x in mirrored]
-    return torch.stack(parts, dim=1).half().cpu().numpy()
+def finish(out: Path, info: dict, data: ImageData):
+    """Write the metadata and remove the records of the chunks."""
+    records = [read_chunk_record(out, k) for k in range(latents.chunk_count(info))]
+    assert all(records)
+    skipped = [pair for record in records for pair in record["skipped"]]
+    latents.write_metadata(out, info, data.paths, data.labels, [record["hash"] for record in records], skipped)
+    (out / "begun.json").unlink()
+    shutil.rmtree(out / "done")
 
 
-def check_finite(moments, names):
-    """ValueError naming the images of which a number of the moments (n, ...) is not finite."""
-    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
-    bad = [name for name, fine in zip(names, finite) if not fine]
-    if bad:
-        raise ValueError(
-            f"The latents of {shorten(bad)} hold NaN or infinity in fp16, expected finite numbers: look at the images, or "
-            "pass another --vae."
-        )
+# ---- encoding ------------------------------------------------------------------------------------
 
 
-def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num_workers=4):
-    """Encode those of this rank's chunks (every `world`-th) that are not done."""
-    batches = []  # of rows, none across the border of a chunk
+def encode(
+    data: ImageData,
+    autoencoder: Autoencoder,
+    out: Path,
+    info: dict,
+    rank: int,
+    world: int,
+    device: torch.device,
+    batch_size: int = 32,
+    num_workers: int = 4,
+):
+    """Encode every `world`-th chunk, from chunk `rank` on, that is not complete."""
+    batches = []  # of indices; no batch crosses the end of a chunk
     for k in range(rank, latents.chunk_count(info), world):
         rows = latents.chunk_rows(info, k)
-        if not done(out, k):
+        if not read_chunk_record(out, k):
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
@@ -118,8 +156,8 @@ def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num
             chunk = latents.chunk_rows(info, k)
             if rows[0] == chunk[0]:
                 digest, skipped = hashlib.sha256(b"" if k else header), []
-            moments = moments_of(x.to(device), autoencoder, info["flips"])
-            check_finite(moments, [data.name(i) for i in shown])
+            moments = encode_batch(x.to(device), autoencoder, info["flips"])
+            check_finite(moments, [data.paths[i] for i in shown])
             file.seek(latents.NPY_HEADER + rows[0] * latents.item_bytes(info))
             file.write(moments.tobytes())
             digest.update(moments.tobytes())
@@ -131,39 +169,41 @@ def encode(data, autoencoder, out, info, rank, world, device, batch_size=32, num
             bar.update(len(rows))
 
 
-def finish(out, info, data):
-    records = [done(out, k) for k in range(latents.chunk_count(info))]
-    assert all(records)
-    skipped = [pair for record in records for pair in record["skipped"]]
-    latents.write_metadata(out, info, data.names, data.labels, [record["hash"] for record in records], skipped)
-    (out / "begun.json").unlink()
-    shutil.rmtree(out / "done")
+def encode_batch(images: torch.Tensor, autoencoder: Autoencoder, flips: int) -> np.ndarray:
+    """Encode images (n, 3, H, W) in [-1, 1] into moments, float16 (n, F, 2C, h, w)."""
+    mirrored = [images, images.flip(-1)][:flips]
+    parts = [torch.cat(autoencoder.encode_moments(x), dim=1) for x in mirrored]
+    return torch.stack(parts, dim=1).half().cpu().numpy()
 
 
-def report(out, data, hierarchy):
+def check_finite(moments: np.ndarray, paths: Sequence[str]):
+    """Raise ValueError naming the images whose moments (n, ...) contain NaN or infinity."""
+    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
+    bad = [path for path, fine in zip(paths, finite) if not fine]
+    if bad:
+        raise ValueError(
+            f"The latents of {shorten(bad)} contain NaN or infinity in fp16, expected finite values: check the images, or "
+            "pass another --vae."
+        )
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def print_summary(out: Path, data: ImageData, hierarchy: Hierarchy):
     print(f"{out}: latents of {len(data):,} images, {hierarchy!r}")
     skipped = latents.read_sealed(out / "latents.json")["skipped"]
     if skipped:
-        names = shorten(data.name(i) for i, _ in skipped)
-        print(f"Images that cannot be read: {len(skipped)} ({names}); for each stands the next of its class that can.")
+        paths = shorten(data.paths[i] for i, _ in skipped)
+        print(
+            f"Images that cannot be read: {len(skipped)} ({paths}), each replaced by the next readable one of its class."
+        )
     for warning in data.warnings:
         print(warning)
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data-path", required=True, help="folder of images, see data.py")
-    add("--hierarchy", help="inat2021, vegfru, a .json file or a folder (default: the data's own)")
-    add("--image-size", type=int, default=256)
-    add("--vae", default="ema", help="ema, mse or a folder in diffusers' form")
-    add("--mixed-precision", choices=PRECISIONS, default="no", help="what the autoencoder computes in, as in train.py")
-    add("--out", required=True)
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="the mirror images too")
-    add("--batch-size", type=int, default=32, help="images per process")
-    add("--num-workers", type=int, default=4)
-    args = parser.parse_args(argv)
-
+def main(argv: Sequence[str] | None = None):
+    args = parse_args(argv)
     state = start_processes()
     if args.hierarchy:
         hierarchy = Hierarchy.load(args.hierarchy)
@@ -182,7 +222,7 @@ def main(argv=None):
             if state.is_main_process:
                 finish(out, info, data)
     if state.is_main_process:
-        report(out, data, hierarchy)
+        print_summary(out, data, hierarchy)
 
 
 if __name__ == "__main__":

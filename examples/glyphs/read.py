@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from dataset.images import list_images
+from dataset.listing import list_images
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write

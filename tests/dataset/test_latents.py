@@ -1,3 +1,5 @@
+"""Cached latents are read as they were written; damage and other formats are refused."""
+
 import pickle
 
 import numpy as np
@@ -15,17 +17,17 @@ def test_latent_data_reads_what_was_written(tmp_path):
     moments = write_latents(tmp_path)
     data = LatentData(tmp_path, THREE_PETS)
     assert len(data) == 4 and data.labels.tolist() == [0, 0, 1, 2] and data.fingerprint == "abc"
-    assert [data.name(i) for i in range(4)] == NAMES
+    assert data.paths == NAMES
     item, label, shown = data[2]
     assert item.dtype == torch.float16 and label == 1 and shown == 2
     assert torch.equal(item, torch.from_numpy(moments[2]))
     item.zero_()  # a copy, not the file
     assert torch.equal(data[2][0], torch.from_numpy(moments[2]))
-    assert data[1][2] == 0  # the image that stands for it
+    assert data[1][2] == 0  # its substitute
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_latent_data_gives_whole_batches(workers, tmp_path):
+def test_latent_data_gives_complete_batches(workers, tmp_path):
     moments = write_latents(tmp_path)
     rows = [[3, 0], [1, 2], [2, 2]]
     data = LatentData(tmp_path)
@@ -43,7 +45,7 @@ def test_latent_data_does_not_pickle_its_array(tmp_path):
     assert pickle.loads(pickle.dumps(data))[3][0].abs().max() == 0
 
 
-def test_latent_data_of_another_format_or_hierarchy_or_unfinished(tmp_path):
+def test_another_hierarchy_another_format_and_unfinished_latents_are_refused(tmp_path):
     write_latents(tmp_path)
     LatentData(tmp_path, THREE_PETS)
     with pytest.raises(ValueError, match="labelled by another hierarchy"):
@@ -52,7 +54,7 @@ def test_latent_data_of_another_format_or_hierarchy_or_unfinished(tmp_path):
     with pytest.raises(ValueError, match="latents.json is of format 'other', expected 'finediffusion-latents-2'"):
         LatentData(tmp_path)
     (tmp_path / "latents.json").unlink()
-    with pytest.raises(ValueError, match="holds no latents.json"):
+    with pytest.raises(ValueError, match="has no latents.json"):
         LatentData(tmp_path)
 
 
@@ -64,7 +66,5 @@ def test_ranks_share_the_verification(tmp_path):
     data = LatentData(tmp_path)
     data.verify(0, 2)
     for rank, world in ((1, 2), (0, 1)):
-        with pytest.raises(
-            ValueError, match=r"moments.npy is not as it was written in images 3 to 3 .*encode the images"
-        ):
+        with pytest.raises(ValueError, match=r"moments.npy is damaged in images 3 to 3 .*encode the images"):
             data.verify(rank, world)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset.images import ImageData
 from hierarchy import Hierarchy
 from tools import check_data
 
@@ -20,7 +21,7 @@ def noise(width=24, height=20, channels=3):
 
 
 def deep_rgb(path):
-    """A PNG of 16 bits a channel, which Pillow opens as one of 8."""
+    """Write a PNG with 16 bits per channel, which Pillow opens with 8."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -53,7 +54,7 @@ def saved(image, kind="PNG", **options):
     return lambda path: image.save(path, kind, **options)
 
 
-FILES = {  # name: (how it is written, what is found)
+FILES = {  # name: (write it, findings)
     "good.jpg": (saved(noise(), "JPEG"), ()),
     "grey.jpg": (saved(noise(channels=1), "JPEG"), ()),
     "alpha.png": (saved(noise(channels=4)), ()),
@@ -103,20 +104,23 @@ def test_every_kind_is_found_by_name(command, tmp_path):
     for kind, names in found["findings"].items():
         assert set(names) == {f"cats/manx/{name}" for name, (_, kinds) in FILES.items() if kind in kinds}, kind
     assert result.code == 3 and f"{len(FILES)}/{len(FILES)}" in result.err  # the bar
-    assert "4 unreadable (no image, or damaged: the next of its class is shown): 'cats/manx/bomb.png'" in result.out
+    assert (
+        "4 unreadable (not an image, or damaged: the next image of its class is shown): 'cats/manx/bomb.png'"
+        in result.out
+    )
     assert found["findings"]["small"]["cats/manx/small.png"] == "7 x 30"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_exit_code_goes_by_the_finding(name, command, tmp_path):
+def test_the_exit_code_depends_on_the_finding(name, command, tmp_path):
     kinds = FILES[name][1]
     expected = 3 if set(kinds) & {"unreadable", "truncated"} else 1 if kinds else 0
     assert run(command, folder(tmp_path, [name]))[0].code == expected
 
 
-def test_training_reads_what_is_not_called_unreadable(tmp_path):
-    data = check_data.ImageData(folder(tmp_path, FILES), Hierarchy.from_folder(tmp_path), 8)
-    shown = {data.name(i): data[i][2] == i for i in range(len(data))}
+def test_training_reads_all_images_but_the_unreadable_ones(tmp_path):
+    data = ImageData(folder(tmp_path, FILES), Hierarchy.from_folder(tmp_path), 8)
+    shown = {data.paths[i]: data[i][2] == i for i in range(len(data))}
     unreadable = {f"cats/manx/{name}" for name, (_, kinds) in FILES.items() if {"unreadable", "truncated"} & {*kinds}}
     assert {name for name, itself in shown.items() if not itself} == unreadable
 
@@ -153,12 +157,15 @@ def png(image):
     return stream.getvalue()
 
 
-def test_what_is_passed_over_is_told_and_nothing_found_is_said(command, tmp_path):
+def test_ignored_files_are_named_and_no_findings_reported(command, tmp_path):
     folder(tmp_path, ["good.jpg"])
     (tmp_path / "cats/manx/._good.jpg").touch()
     result, found = run(command, tmp_path)
     assert result.code == 0 and found["ignored"] == ["cats/manx/._good.jpg"]
-    assert "Passed over as no images: 1 ('cats/manx/._good.jpg').\nNothing found.\n" in result.out
+    assert (
+        "Ignored entries that are not images in a class folder: 1 ('cats/manx/._good.jpg').\nNo findings.\n"
+        in result.out
+    )
 
 
 def test_inaturalist_and_vegfru_as_they_unpack(command, tmp_path):
@@ -193,7 +200,7 @@ def test_mistakes(flags, words, command, tmp_path):
     assert result.code == 2 and words in result.err and result.err.count("\n") == 1 and not result.out
 
 
-def test_the_codes_stand_in_the_help(command):
+def test_the_help_lists_the_exit_codes(command):
     result = command(check_data.main, "--help")
     assert "1  findings that a training tolerates: small, cmyk, palette, 16-bit, animated, duplicate" in result.out
     assert "3  images that cannot be read: unreadable, truncated" in result.out

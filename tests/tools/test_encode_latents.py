@@ -1,3 +1,5 @@
+"""tools.encode_latents: its files, resuming, several processes, bad images; and benchmarks.loading."""
+
 import contextlib
 import json
 import os
@@ -20,7 +22,7 @@ from dataset.latents import LatentData
 from hierarchy import Hierarchy
 from tools import encode_latents as tool
 
-MOMENTS = tool.moments_of
+ENCODE_BATCH = tool.encode_batch
 
 
 @pytest.fixture
@@ -64,16 +66,16 @@ def test_moments_of_image_and_mirror_image(flips, flag, folder):
     data = run(folder, flag)
     assert torch.equal(torch.stack([x for x, _, _ in data]), expected(folder, flips))
     assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.hierarchy == hierarchy(folder)
-    assert data.names == images_of(folder).names and data.fingerprint == images_of(folder).fingerprint
+    assert data.paths == images_of(folder).paths and data.fingerprint == images_of(folder).fingerprint
     names = {"latents.json", "labels.npy", "moments.npy", "images.txt"}
     assert {path.name for path in (folder / "out").iterdir()} == names
     data.verify()
-    data.check(Autoencoder(), 8, flip=flips == 2)
-    with pytest.raises(ValueError, match="have image size 8, the training asks for 16"):
-        data.check(Autoencoder(), 16, flip=False)
+    data.check_settings(Autoencoder(), 8, flip=flips == 2)
+    with pytest.raises(ValueError, match="have image size 8, expected 16 for this training"):
+        data.check_settings(Autoencoder(), 16, flip=False)
     if flips == 1:
-        with pytest.raises(ValueError, match="have flips 1, the training asks for 2"):
-            data.check(Autoencoder(), 8, flip=True)
+        with pytest.raises(ValueError, match="have flips 1, expected 2 for this training"):
+            data.check_settings(Autoencoder(), 8, flip=True)
 
 
 def test_mean_then_standard_deviation():
@@ -82,27 +84,27 @@ def test_mean_then_standard_deviation():
             return x[:, :1] + 1, x[:, 1:2] * 0 + 5
 
     x = torch.arange(24.0).view(1, 3, 2, 4)
-    moments = MOMENTS(x, Two(), 2)
+    moments = ENCODE_BATCH(x, Two(), 2)
     assert moments.shape == (1, 2, 2, 2, 4) and moments.dtype == np.float16
     assert np.array_equal(moments[0, 0, 0], x[0, 0] + 1)
     assert np.array_equal(moments[0, 1, 0], x[0, 0].flip(-1) + 1) and (moments[:, :, 1] == 5).all()
 
 
-def test_the_same_command_continues(folder, monkeypatch):
+def test_the_same_command_resumes(folder, monkeypatch):
     calls = []
 
     def stops(images, *rest):
         calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return MOMENTS(images, *rest)
+        return ENCODE_BATCH(images, *rest)
 
-    monkeypatch.setattr(tool, "moments_of", stops)
+    monkeypatch.setattr(tool, "encode_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         run(folder)
-    with pytest.raises(ValueError, match="holds no latents.json"):
+    with pytest.raises(ValueError, match="has no latents.json"):
         LatentData(folder / "out")
-    with pytest.raises(ValueError, match="begun.json tells of latents of other images or settings"):
+    with pytest.raises(ValueError, match="begun.json belongs to other images or settings"):
         run(folder, "--no-flip")
     data = run(folder)
     assert calls == [2, 2, 2, 1]  # the second chunk was begun twice
@@ -110,21 +112,21 @@ def test_the_same_command_continues(folder, monkeypatch):
     data.verify()
     run(folder)
     assert len(calls) == 4  # nothing left to do
-    with pytest.raises(ValueError, match="latents.json tells of latents of other images"):
+    with pytest.raises(ValueError, match="latents.json belongs to other images"):
         run(folder, size=16)
 
 
 @pytest.mark.parametrize("place", ["batch", "fsync"])
 def test_kill_9_loses_a_chunk_at_most(place, folder, monkeypatch):
-    """The process dies in each batch, or at each time a file is made to last; the same command then ends well."""
-    module, name = {"batch": (tool, "moments_of"), "fsync": (os, "fsync")}[place]
+    """SIGKILL ends the process in each batch, or at each fsync; the same command then finishes."""
+    module, name = {"batch": (tool, "encode_batch"), "fsync": (os, "fsync")}[place]
     noted, signalled = [], True
     while signalled:
         shutil.rmtree(folder / "out", ignore_errors=True)
         signalled = in_a_child(lambda: run(folder), module, name, deadly(getattr(module, name), len(noted)))
         noted.append(len(list(folder.glob("out/done/[0-9]"))))
         with monkeypatch.context() as patch:
-            patch.setattr(tool, "moments_of", counted := Counted())
+            patch.setattr(tool, "encode_batch", counted := Counted())
             data = run(folder)
         assert counted.images == (5 - min(2 * noted[-1], 5) if signalled else 0)
         data.verify()
@@ -133,7 +135,7 @@ def test_kill_9_loses_a_chunk_at_most(place, folder, monkeypatch):
 
 
 def in_a_child(action, module, name, replacement):
-    """Call the action in a fork with something replaced; True if SIGKILL ended it."""
+    """Call the action in a fork with a function replaced; return True if SIGKILL ended it."""
     child = os.fork()
     if not child:
         setattr(module, name, replacement)
@@ -144,7 +146,7 @@ def in_a_child(action, module, name, replacement):
 
 
 def deadly(function, calls):
-    """The function, until it kills its process in place of call number `calls`, counted from 0."""
+    """Return the function, but call number `calls`, counted from 0, kills the process instead."""
     left = [calls]
 
     def replacement(*arguments):
@@ -161,17 +163,17 @@ class Counted:
 
     def __call__(self, images, *rest):
         self.images += len(images)
-        return MOMENTS(images, *rest)
+        return ENCODE_BATCH(images, *rest)
 
 
 @pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:-9], lambda c: c.replace(b"0", b"1")])
-def test_a_damaged_note_of_a_chunk_is_written_again(damage, folder, monkeypatch):
+def test_a_chunk_with_a_damaged_record_is_encoded_again(damage, folder, monkeypatch):
     monkeypatch.setattr(tool, "finish", lambda *_: None)
     with contextlib.suppress(ValueError, FileNotFoundError):
         run(folder)
     monkeypatch.undo()
     monkeypatch.setattr(tool, "CHUNK", 2)
-    monkeypatch.setattr(tool, "moments_of", counted := Counted())
+    monkeypatch.setattr(tool, "encode_batch", counted := Counted())
     note = folder / "out/done/1"
     assert note.read_bytes() != damage(note.read_bytes())
     note.write_bytes(damage(note.read_bytes()))
@@ -179,7 +181,7 @@ def test_a_damaged_note_of_a_chunk_is_written_again(damage, folder, monkeypatch)
     assert counted.images == 2
 
 
-def test_a_bad_image_is_encoded_as_training_would_show_it(folder, capsys):
+def test_a_bad_image_is_encoded_as_its_substitute(folder, capsys):
     for i in (1, 3):
         (folder / f"images/cats/manx/{i}.png").write_bytes(b"no image")
     data, images = run(folder), images_of(folder)
@@ -187,7 +189,7 @@ def test_a_bad_image_is_encoded_as_training_would_show_it(folder, capsys):
     assert data.shown.tolist() == [1, 1, 1, 3, 4] and data.info["skipped"] == [[0, 1], [2, 1]]
     assert torch.equal(torch.stack([x for x, _, _ in data]), expected(folder))
     words = (
-        "Images that cannot be read: 2 ('cats/manx/1.png', 'cats/manx/3.png'); for each stands the next of its class"
+        "Images that cannot be read: 2 ('cats/manx/1.png', 'cats/manx/3.png'), each replaced by the next readable one"
     )
     assert words in capsys.readouterr().out
     data.verify()
@@ -197,22 +199,24 @@ def test_a_bad_image_is_encoded_as_training_would_show_it(folder, capsys):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_latent_that_is_not_finite_is_refused_by_name(value, folder, monkeypatch):
+def test_a_non_finite_latent_is_refused(value, folder, monkeypatch):
     def spoiled(images, *rest):
-        moments = MOMENTS(images, *rest)
+        moments = ENCODE_BATCH(images, *rest)
         if len(images) == 1:  # the last chunk
             moments[-1, 0, 0, 3, 3] = value
         return moments
 
-    monkeypatch.setattr(tool, "moments_of", spoiled)
-    with pytest.raises(ValueError, match=r"latents of 'dogs/pug/2.png' hold NaN or infinity in fp16, expected finite"):
+    monkeypatch.setattr(tool, "encode_batch", spoiled)
+    with pytest.raises(
+        ValueError, match=r"latents of 'dogs/pug/2.png' contain NaN or infinity in fp16, expected finite"
+    ):
         run(folder)
     assert {path.name for path in (folder / "out/done").iterdir()} == {"0", "1"}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_several_processes_write_the_same_file(order, folder):
-    whole = run(folder)
+    alone = run(folder)
     info = latents.read_sealed(folder / "out/latents.json")
     begun = {key: value for key, value in info.items() if key not in ("hashes", "skipped")}
     out, data = folder / "three", images_of(folder)
@@ -221,10 +225,10 @@ def test_several_processes_write_the_same_file(order, folder):
         tool.encode(data, Autoencoder(), out, begun, rank, 3, torch.device("cpu"), num_workers=0)
     tool.finish(out, begun, data)
     for name in ("moments.npy", "labels.npy", "images.txt", "latents.json"):
-        assert (out / name).read_bytes() == (whole.root / name).read_bytes(), name
+        assert (out / name).read_bytes() == (alone.root / name).read_bytes(), name
 
 
-def test_a_full_disk_is_told_before_the_work(folder, monkeypatch):
+def test_a_full_disk_is_refused_before_the_work(folder, monkeypatch):
     monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="GB free"):
         run(folder)
@@ -251,8 +255,8 @@ def test_the_ratio_is_the_median_of_the_pairs():
     assert bench_loading.table({"warm": pairs[:2]}).endswith("| missed |")
 
 
-def test_half_precision(images64, tmp_path, command):
-    """Recorded, since the numbers depend on it; the layout of the weights is that of tensor cores."""
+def test_encoding_in_half_precision(images64, tmp_path, command):
+    """The precision is recorded, since the latents depend on it; the weights have the layout of tensor cores."""
     vae = shutil.copytree(ROOT / "examples/glyphs/vae", tmp_path / "vae")
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
@@ -263,7 +267,7 @@ def test_half_precision(images64, tmp_path, command):
     assert 0 < (half - single).abs().max() < 0.1 * single.abs().max()
     assert latents.read_sealed(tmp_path / "half/latents.json")["precision"] == "bfloat16"
     result = command(tool.main, *flags, tmp_path / "half")
-    assert result.code == 2 and "tells of latents of other images or settings" in result.err
+    assert result.code == 2 and "belongs to other images or settings" in result.err
     result = command(tool.main, *flags, tmp_path / "fp16", "--mixed-precision", "fp16")
     assert result.code == 2 and "expected a GPU" in result.err and not (tmp_path / "fp16").exists()
     half = load_autoencoder(str(vae), dtype=torch.bfloat16).vae
@@ -275,4 +279,4 @@ def test_every_process_is_refused(folder):
     options = [*flags(folder), "--no-flip", "--out", folder / "out"]
     assert launch(tool.main, options, folder, world=2, patience=60) == {0: 2, 1: 2}
     for rank in range(2):
-        assert "latents.json tells of latents of other images or settings" in (folder / f"err{rank}").read_text()
+        assert "latents.json belongs to other images or settings" in (folder / f"err{rank}").read_text()
