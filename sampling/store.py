@@ -1,11 +1,12 @@
-"""A folder of N numbered pictures that several processes fill, and that a stopped run goes on filling.
+"""Files of a run of sample_ddp.py: N numbered images, written by several processes, across interruptions.
 
-    <folder>/settings.json          what decides the pictures; another run is refused
+    <folder>/settings.json          the settings that determine the images; a run with others is refused
     <folder>/<class>/<k:06d>.png    format "png" or "both"
-    <folder>.npz                    format "npz" or "both", ADM's form: arr_0 uint8 (N, H, W, 3), arr_1 int64 labels (N,)
-    <folder>/rows, <folder>/digests until the npz is whole: its pixels, and 8 bytes of hash for each picture in it
+    <folder>.npz                    format "npz" or "both", as ADM's evaluation reads it:
+                                    arr_0 uint8 (N, H, W, 3), arr_1 int64 labels (N,)
+    <folder>/rows, <folder>/digests until the npz is complete: its pixels, and a hash of 8 bytes for each image in it
 
-A picture is there when its PNG is whole and its row has its hash: no list is kept that could tell otherwise.
+Image k exists if its PNG is intact and its row matches its hash. No list is kept that could disagree with the files.
 """
 
 import errno
@@ -17,73 +18,226 @@ import shutil
 import sys
 import zipfile
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from runtime.files import Lock, atomic_write, path_in_errors
+from runtime.files import LOCK_FILE, Lock, atomic_write, path_in_errors
 
 FORMATS = ("png", "npz", "both")
-DIGEST = 8  # bytes
+DIGEST_BYTES = 8
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-PNG_RATIO, BLOCK = 0.75, 4096  # a photograph's PNG takes about that share of its pixels, and a block of the disk
+PNG_RATIO, BLOCK = 0.75, 4096  # estimate of a photo's PNG: this share of its pixels, and a block of the disk
+
+
+class PngFolder:
+    """A PNG for each image, in a folder for each class.
+
+    folder         the run's folder
+    labels         int64 (N,)
+    class_folders  name of the folder of each class
+    image_size     height and width
+    """
+
+    def __init__(self, folder: Path, labels: np.ndarray, class_folders: Sequence[str], image_size: int):
+        self.folder, self.labels, self.class_folders, self.image_size = folder, labels, class_folders, image_size
+
+    def path(self, k: int) -> Path:
+        return self.folder / self.class_folders[self.labels[k]] / f"{k:06d}.png"
+
+    def bytes_to_write(self) -> float:
+        """Return an estimate of the size of all PNGs."""
+        return len(self.labels) * (PNG_RATIO * 3 * self.image_size**2 + BLOCK)
+
+    def missing(self, numbers: Iterable[int]) -> set[int]:
+        """Return those of the numbers whose PNG is absent or damaged; print the damaged ones."""
+        return {k for k in numbers if not self.is_intact(k)}
+
+    def is_intact(self, k: int) -> bool:
+        path = self.path(k)
+        if not path.exists():
+            return False
+        try:
+            data = path.read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                found, expected = (image.format, image.mode, image.size), ("PNG", "RGB", (self.image_size,) * 2)
+                intact = found == expected and data.endswith(PNG_END)
+                image.verify()  # compares the checksum of every chunk but the last
+        except Exception:  # decoders raise all kinds of errors for a damaged file
+            intact = False
+        if not intact:
+            report_damage(path)
+        return intact
+
+    def write(self, k: int, pixels: np.ndarray):
+        """Write image k, uint8 (H, W, 3)."""
+        atomic_write(self.path(k), lambda part: Image.fromarray(pixels).save(part, format="png"))
+
+
+class NpzFile:
+    """The npz of all images. Until it is complete, image k is row k of one file, and its hash is in another.
+
+    folder      the run's folder, for rows and digests
+    labels      int64 (N,)
+    image_size  height and width
+    """
+
+    def __init__(self, folder: Path, labels: np.ndarray, image_size: int):
+        self.path = folder.with_name(folder.name + ".npz")
+        self.rows, self.digests = folder / "rows", folder / "digests"
+        self.labels = labels
+        self.shape = len(labels), image_size, image_size, 3
+        self.image_bytes = 3 * image_size**2
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def bytes_to_write(self) -> int:
+        """Return the size of rows and npz, which is written beside them; 0 if the npz exists."""
+        return 0 if self.exists() else 2 * len(self.labels) * self.image_bytes
+
+    def prepare(self):
+        """Remove a damaged npz, and make the files of rows and hashes unless the npz is complete."""
+        if self.exists() and not self.is_intact():
+            report_damage(self.path)
+            self.path.unlink()
+        if not self.exists():
+            for path, count in ((self.rows, self.image_bytes), (self.digests, DIGEST_BYTES)):
+                with path_in_errors(path), open(path, "ab") as file:
+                    file.truncate(len(self.labels) * count)
+
+    def is_intact(self) -> bool:
+        """Return whether the npz has the right shape and labels and no damaged byte."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                with archive.open("arr_0.npy") as entry:
+                    np.lib.format.read_magic(entry)
+                    shape = np.lib.format.read_array_header_1_0(entry)[0]
+                with archive.open("arr_1.npy") as entry:
+                    labels = np.lib.format.read_array(entry)
+                return shape == self.shape and np.array_equal(labels, self.labels) and archive.testzip() is None
+        except Exception:  # a damaged file raises all kinds of errors
+            return False
+
+    def missing(self, numbers: Iterable[int]) -> set[int]:
+        """Return those of the numbers whose row is empty or damaged, none if the npz exists; print the damaged ones."""
+        if self.exists():
+            return set()
+        digests = self.digests.read_bytes()
+        with open(self.rows, "rb") as rows:
+            return {
+                k for k in numbers if not self.has_row(k, rows.fileno(), digests[k * DIGEST_BYTES :][:DIGEST_BYTES])
+            }
+
+    def has_row(self, k: int, rows: int, digest: bytes) -> bool:
+        """Return whether row k of the open file `rows` matches its hash, which is 0 until the row is written."""
+        if not any(digest):
+            return False
+        intact = digest == image_digest(os.pread(rows, self.image_bytes, k * self.image_bytes))
+        if not intact:
+            report_damage(f"Image {k} in {self.rows}")
+        return intact
+
+    def write(self, k: int, pixels: np.ndarray):
+        """Write image k, uint8 (H, W, 3), and after it its hash, which marks the row as written."""
+        if self.exists():
+            return
+        data = pixels.tobytes()
+        for path, part in ((self.rows, data), (self.digests, image_digest(data))):
+            with path_in_errors(path), open(path, "r+b", buffering=0) as file:
+                if os.pwrite(file.fileno(), part, k * len(part)) < len(part):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def finish(self):
+        """Write the npz from its rows, and remove these."""
+        if not self.exists():
+            atomic_write(self.path, self.write_npz)
+        for path in (self.rows, self.digests):
+            path.unlink(missing_ok=True)
+
+    def write_npz(self, path: Path):
+        """Write the npz to `path`, a row at a time. Raises ValueError if a row is damaged."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        with zipfile.ZipFile(path, "w") as archive:  # ZipInfo entries have no date: the same images give the same bytes
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                with open(self.rows, "rb") as rows, open(self.digests, "rb") as digests:
+                    for k in range(len(self.labels)):
+                        row = rows.read(self.image_bytes)
+                        if image_digest(row) != digests.read(DIGEST_BYTES):
+                            raise ValueError(
+                                f"Image {k} in {self.rows} is damaged: run the same command again to sample it again."
+                            )
+                        entry.write(row)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
+                np.lib.format.write_array(entry, self.labels)
 
 
 class Store:
-    """`labels`: int64 (N,); `folders`: the name of each class's folder; `size`: side of the pictures; `form`: of FORMATS."""
+    """A run's files: its settings, its lock, and its images in one or two formats.
 
-    def __init__(self, folder, labels, folders, size, form):
-        self.folder, self.labels, self.folders = Path(folder), np.asarray(labels, np.int64), folders
-        self.png, self.rows = form in ("png", "both"), form in ("npz", "both")
-        self.shape = len(self.labels), size, size, 3
-        self.item = size * size * 3
-        self.npz = self.folder.with_name(self.folder.name + ".npz")
+    folder         the run's folder
+    labels         int64 (N,)
+    class_folders  name of the folder of each class
+    image_size     height and width
+    format         one of FORMATS
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        labels: Sequence[int],
+        class_folders: Sequence[str],
+        image_size: int,
+        format: str,
+    ):
+        self.folder, self.labels = Path(folder), np.asarray(labels, np.int64)
+        self.png = PngFolder(self.folder, self.labels, class_folders, image_size) if format != "npz" else None
+        self.npz = NpzFile(self.folder, self.labels, image_size) if format != "png" else None
+        self.formats = [each for each in (self.png, self.npz) if each]
         self.lock = None
 
-    def path(self, k):
-        return self.folder / self.folders[self.labels[k]] / f"{k:06d}.png"
+    def places(self) -> list[Path]:
+        """Return the paths of the results: the folder of PNGs, the npz, or both."""
+        return ([self.folder] if self.png else []) + ([self.npz.path] if self.npz else [])
 
-    def places(self):
-        """Where the pictures are."""
-        return [self.folder] * self.png + [self.npz] * self.rows
+    # ---- before sampling, by one process ---------------------------------------------------------
 
-    # ---- before: by one process ------------------------------------------------------------------
+    def prepare(self, settings: dict):
+        """Start or resume a run, and keep other launches out.
 
-    def prepare(self, settings):
-        """Begin or go on: check that the folder is this run's and that there is room, and keep other launches out.
+        settings: everything that determines the images, as JSON.
 
-        ValueError where it belongs to another run or another process, or where the disk is too small; nothing is
-        written then.
+        Raises ValueError if the folder belongs to another run or another process is using it, or if the disk is too
+        small; nothing is written then.
         """
         self.check_settings(settings)
         self.check_room()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(self.folder, "sampling into", "--name")
-        self.check_settings(settings)  # again: nobody but this process changes them now
+        self.check_settings(settings)  # again: another launch may have written them before it closed the lock
         path = self.folder / "settings.json"
         if not path.exists():
             atomic_write(path, lambda part: part.write_text(json.dumps(settings, indent=1) + "\n"))
-        leftovers = *self.folder.rglob(".*.part"), *self.folder.parent.glob(f".{self.npz.name}.*.part")
-        for part in leftovers:  # of a kill
-            part.unlink()
-        if self.rows and self.npz.exists() and not self.whole_npz():
-            print(f"{self.npz} is damaged and is made again.", file=sys.stderr)
-            self.npz.unlink()
-        if self.in_rows():
-            for name, count in (("rows", self.item), ("digests", DIGEST)):
-                with path_in_errors(self.folder / name), open(self.folder / name, "ab") as file:
-                    file.truncate(len(self.labels) * count)
+        name = self.folder.name
+        for part in (*self.folder.rglob(".*.part"), *self.folder.parent.glob(f".{name}.npz.*.part")):
+            part.unlink()  # left by a kill
+        if self.npz:
+            self.npz.prepare()
 
-    def check_settings(self, settings):
+    def check_settings(self, settings: dict):
+        """Raise ValueError unless the folder is new or was begun with the same settings."""
         path = self.folder / "settings.json"
         if not path.exists():
-            there = list(self.folder.iterdir()) if self.folder.exists() else []
-            if any(entry.suffix != ".part" for entry in there) or (self.rows and self.npz.exists()):
+            entries = list(self.folder.iterdir()) if self.folder.exists() else []
+            foreign = any(entry.suffix != ".part" and entry.name != LOCK_FILE for entry in entries)
+            if foreign or (self.npz and self.npz.exists()):
                 raise ValueError(
-                    f"{self.folder} holds files but no settings.json, expected a new folder or one of an earlier start: choose "
-                    "another --name."
+                    f"{self.folder} holds files but no settings.json, expected a new folder or one of an interrupted run: "
+                    "choose another --name."
                 )
             return
         try:
@@ -102,9 +256,8 @@ class Store:
             )
 
     def check_room(self):
-        """ValueError where what is still to be written does not fit on the disk: the npz is written beside its rows."""
-        need = len(self.labels) * (PNG_RATIO * self.item + BLOCK) if self.png else 0
-        need += 2 * len(self.labels) * self.item if self.in_rows() else 0
+        """Raise ValueError if the files still to be written do not fit on the disk."""
+        need = sum(each.bytes_to_write() for each in self.formats)
         need -= sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -115,123 +268,53 @@ class Store:
             )
 
     def close(self):
-        """Let other launches in."""
+        """Release the lock."""
         if self.lock:
             self.lock.close()
 
-    # ---- meanwhile: by every process -------------------------------------------------------------
+    # ---- while sampling, by every process --------------------------------------------------------
 
-    def in_rows(self):
-        """Whether the npz is still to be made: until then each picture has a row."""
-        return self.rows and not self.npz.exists()
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Return the numbers of the images that process `rank` of `world` has to sample; print the damaged ones."""
+        numbers = range(rank, len(self.labels), world)
+        return sorted(set().union(*(each.missing(numbers) for each in self.formats)))
 
-    def missing(self, rank=0, world=1):
-        """Numbers, of this process's every `world`-th, of the pictures that are not there; says which were damaged."""
-        in_rows = self.in_rows()
-        digests = (self.folder / "digests").read_bytes() if in_rows else b""
-        wanted = []
-        for k in range(rank, len(self.labels), world):
-            there = [self.whole_png(k)] if self.png else []
-            there += [self.whole_row(k, digests[k * DIGEST : (k + 1) * DIGEST])] if in_rows else []
-            if not all(there):
-                wanted.append(k)
-        return wanted
+    def write(self, k: int, pixels: np.ndarray):
+        """Write image k, uint8 (H, W, 3), in every format; thread-safe."""
+        for each in self.formats:
+            each.write(k, pixels)
 
-    def whole_png(self, k):
-        path = self.path(k)
-        if not path.exists():
-            return False
-        try:
-            data = path.read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                fits = (image.format, image.mode, image.size) == ("PNG", "RGB", self.shape[1:3]) and data.endswith(
-                    PNG_END
-                )
-                image.verify()  # every chunk but the last has its checksum checked
-        except Exception:  # decoders raise all sorts of them at a damaged file
-            fits = False
-        if not fits:
-            print(f"{path} is damaged and is made again.", file=sys.stderr)
-        return fits
-
-    def whole_row(self, k, digest):
-        if not any(digest):
-            return False
-        with open(self.folder / "rows", "rb") as rows:
-            fits = digest == image_digest(os.pread(rows.fileno(), self.item, k * self.item))
-        if not fits:
-            print(f"Picture {k} in {self.folder}/rows is damaged and is made again.", file=sys.stderr)
-        return fits
-
-    def write(self, k, pixels):
-        """Put picture k, uint8 (H, W, 3), where it belongs; thread-safe."""
-        if self.png:
-            atomic_write(self.path(k), lambda part: Image.fromarray(pixels).save(part, format="png"))
-        if self.in_rows():
-            self.put("rows", k, pixels.tobytes())
-            self.put("digests", k, image_digest(pixels.tobytes()))  # last: it says that the row is there
-
-    def put(self, name, k, data):
-        path = self.folder / name
-        with path_in_errors(path), open(path, "r+b", buffering=0) as file:
-            if os.pwrite(file.fileno(), data, k * len(data)) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    # ---- after: by one process -------------------------------------------------------------------
+    # ---- after sampling, by one process ----------------------------------------------------------
 
     def finish(self):
-        """Make the npz of its rows, one after the other, and count the PNGs."""
-        if self.in_rows():
-            atomic_write(self.npz, self.write_npz)
-        for name in ("rows", "digests"):
-            (self.folder / name).unlink(missing_ok=True)
-        found = sum(1 for _ in self.folder.glob("*/*.png"))
-        if found != len(self.labels) * self.png:
+        """Write the npz and count the PNGs. Raises ValueError if there are more than those of this run."""
+        if self.npz:
+            self.npz.finish()
+        found, expected = sum(1 for _ in self.folder.glob("*/*.png")), len(self.labels) * bool(self.png)
+        if found != expected:
             raise ValueError(
-                f"{self.folder} holds {found} PNGs, expected {len(self.labels) * self.png}: remove what is not of this run."
+                f"{self.folder} holds {found} PNGs, expected {expected}: remove the files that do not belong to this run."
             )
 
-    def write_npz(self, path):
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        with zipfile.ZipFile(path, "w") as archive:  # entries as ZipInfo: with no date in them the bytes repeat
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
-                np.lib.format.write_array_header_1_0(entry, header)
-                with open(self.folder / "rows", "rb") as rows, open(self.folder / "digests", "rb") as digests:
-                    for k in range(len(self.labels)):
-                        row = rows.read(self.item)
-                        if image_digest(row) != digests.read(DIGEST):
-                            raise ValueError(
-                                f"Picture {k} in {self.folder}/rows is damaged: start the same command again, which makes it "
-                                "anew."
-                            )
-                        entry.write(row)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-                np.lib.format.write_array(entry, self.labels)
 
-    def whole_npz(self):
-        try:
-            with zipfile.ZipFile(self.npz) as archive:
-                with archive.open("arr_0.npy") as entry:
-                    np.lib.format.read_magic(entry)
-                    shape = np.lib.format.read_array_header_1_0(entry)[0]
-                with archive.open("arr_1.npy") as entry:
-                    labels = np.lib.format.read_array(entry)
-                return shape == self.shape and np.array_equal(labels, self.labels) and archive.testzip() is None
-        except Exception:  # of a damaged file there are all sorts
-            return False
+def report_damage(name: str | os.PathLike):
+    print(f"{name} is damaged and will be sampled again.", file=sys.stderr)
 
 
-def image_digest(data):
-    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+def image_digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 class Writer:
-    """Calls `write(*job)` in threads of their own, so that nobody waits for a disk; at most `depth` jobs are kept waiting.
+    """Call `write(*job)` in threads, so that sampling does not wait for the disk.
 
-    What a job raises is raised by a later `put`, or at the end of the `with`.
+    threads  number of threads
+    depth    most jobs that may wait; `put` blocks beyond it
+
+    An exception of a job is raised by a later `put`, or at the end of the `with` block.
     """
 
-    def __init__(self, write, threads=4, depth=256):
+    def __init__(self, write: Callable, threads: int = 4, depth: int = 256):
         self.write, self.depth, self.jobs = write, depth, deque()
         self.pool = ThreadPoolExecutor(threads)
 
@@ -240,7 +323,7 @@ class Writer:
             self.jobs.popleft().result()
         self.jobs.append(self.pool.submit(self.write, *job))
 
-    def __enter__(self):
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind, *_):

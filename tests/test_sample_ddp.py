@@ -97,7 +97,7 @@ def test_kills_and_damages_leave_no_trace(run, tmp_path, cases, figure):
         damage(kind, path)
     assert run("tried", *many, world=2) == 0
     said = (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
-    assert all(f"{path} is damaged and is made again." in said for path in damaged) and said.count("damaged") == 5
+    assert all(f"{path} is damaged and will be sampled again." in said for path in damaged) and said.count("damaged") == 5
     assert files(tmp_path, "tried") == reference
     figure(f"{deaths} kills in {lives} lives, 5 damaged files: 37 identical PNGs and the npz")
 
@@ -118,7 +118,7 @@ def test_a_damaged_npz_is_made_again(kind, here, tmp_path):
     before = files(tmp_path, "x")
     damage(kind, tmp_path / "x.npz")
     result = here("x")
-    assert result.code == 0 and f"{tmp_path}/x.npz is damaged and is made again." in result.err
+    assert result.code == 0 and f"{tmp_path}/x.npz is damaged and will be sampled again." in result.err
     assert files(tmp_path, "x") == before
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_row_is_made_again(here, tmp_path, monkeypatch):
         rows.write(b"\7\7")
     monkeypatch.undo()
     result = here("x")
-    assert result.code == 0 and f"Picture 5 in {tmp_path}/x/rows is damaged and is made again." in result.err
+    assert result.code == 0 and f"Image 5 in {tmp_path}/x/rows is damaged and will be sampled again." in result.err
     assert files(tmp_path, "x") == before
 
 
@@ -214,7 +214,7 @@ def test_the_npz_is_not_held_in_memory(tmp_path):
     tracemalloc.start()
     assert store.missing() == []
     store.finish()
-    assert store.whole_npz() and tracemalloc.get_traced_memory()[1] < 8e6
+    assert store.npz.is_intact() and tracemalloc.get_traced_memory()[1] < 8e6
     tracemalloc.stop()
     with np.load(tmp_path / "x.npz", mmap_mode="r") as archive:
         assert archive["arr_0"][:, 0, 0, 0].tolist() == list(range(128))
@@ -224,16 +224,16 @@ def test_any_damage_to_a_png_is_seen(tmp_path, capsys):
     """Each single bit, and each length it can be cut to."""
     store = Store(tmp_path / "x", [0], ["a"], 4, "png")
     store.write(0, np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8))
-    path = store.path(0)
+    path = store.png.path(0)
     whole = path.read_bytes()
     broken = [whole[:length] for length in range(len(whole))]
     broken += [(int.from_bytes(whole, "big") ^ 1 << bit).to_bytes(len(whole), "big") for bit in range(8 * len(whole))]
     other = Store(tmp_path / "y", [0], ["a"], 8, "png")
     other.write(0, np.zeros((8, 8, 3), np.uint8))
-    for content in (*broken, other.path(0).read_bytes()):
+    for content in (*broken, other.png.path(0).read_bytes()):
         path.write_bytes(content)
         assert store.missing() == [0]
-    assert capsys.readouterr().err.count(f"{path} is damaged and is made again.\n") == len(broken) + 1
+    assert capsys.readouterr().err.count(f"{path} is damaged and will be sampled again.\n") == len(broken) + 1
     path.write_bytes(whole)
     assert store.missing() == [] and not capsys.readouterr().err
 

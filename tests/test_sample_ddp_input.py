@@ -94,7 +94,7 @@ def test_foreign_folders_and_files_are_left_alone(here, tmp_path):
     assert tree(tmp_path) == before
     assert here("z").code == 0
     shutil.copy(next((tmp_path / "z/pug").iterdir()), tmp_path / "z/pug/000099.png")
-    refused(here("z"), "z holds 12 PNGs, expected 11: remove what is not of this run.")
+    refused(here("z"), "z holds 12 PNGs, expected 11: remove the files that do not belong to this run.")
 
 
 @pytest.mark.reliability(*ROW)
@@ -163,4 +163,4 @@ def test_a_number_that_does_not_divide_and_a_cut_png(run, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     assert run("x", world=2) == 0
     said = "".join((tmp_path / f"err{rank}").read_text() for rank in range(2))
-    assert said.count(f"{path} is damaged and is made again.") == 1 and files(tmp_path, "x") == before
+    assert said.count(f"{path} is damaged and will be sampled again.") == 1 and files(tmp_path, "x") == before
