@@ -1,8 +1,10 @@
-# make test         the test suite
-# make quickstart   real images, fine-tuning, sampling and an evaluation, on a CPU in minutes
-# make torture      the rows of docs/reliability.md with their full counts, to benchmarks/reliability.md
-# make study        the quick start with every method, at several guidance scales, with three seeds each
-# All need nothing but Python 3.11 with pip: what they use is installed into .venv first.
+# make test         run the test suite
+# make lint         check the style
+# make quickstart   draw images, fine-tune, sample and evaluate: minutes on a CPU
+# make study        compare all methods on the quick start's data, with three seeds each: one to two hours
+# make torture      run the reliability tests in full and write benchmarks/reliability.md
+# make clean        delete the results of quickstart and study
+# All need only Python 3.11 with pip and install everything else into .venv.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -33,7 +35,7 @@ lint: .venv/installed
 	.venv/bin/uv pip install -q --python $(PY) -r requirements.txt -r pyproject.toml --extra dev
 	touch $@
 
-# the quick start's training but for its data, method and folder
+# training flags of the quick start, without data, method and folder
 TRAIN := $(TINY) --no-flip --num-workers 0 --model DiT-Ti/2 --resume examples/glyphs/base.safetensors --global-batch-size 64 \
   --max-steps $(STEPS) --lr 1e-3 --table-lr 1e-2 --table-init mean --table-std 0.1 --lr-schedule cosine --ema-decay 0.99
 READER := --features $(Q)/reading/features.pt --classifier $(Q)/reading/reader.pt --inception none --lpips-trunk none
@@ -54,7 +56,7 @@ quickstart: .venv/installed
 	for w in $(SCALES); do $(PY) evaluate.py $(Q)/held-out $(Q)/w$$w $(READER) --num-workers 0 \
 	  --output $(Q)/evaluation/w$$w || exit; done
 
-# methods, guidance scales and seeds side by side: an hour or two on two cores; the same command goes on where it stopped
+# if it is interrupted, the same command resumes
 study: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.study --data $(Q) --out study --train "$(TRAIN)"
 
