@@ -1,90 +1,76 @@
 """The Gaussian diffusion process: noising, the training loss, and the DDPM and DDIM samplers.
 
-Equation numbers: DDPM is arXiv 2006.11239, improved DDPM is arXiv 2102.09672, DDIM is arXiv
-2010.02502. alpha_bar_t is DDPM's; DDIM writes alpha_t for it.
+Equation numbers: DDPM is arXiv 2006.11239, improved DDPM is arXiv 2102.09672, DDIM is arXiv 2010.02502. alpha_bar_t is
+DDPM's notation; DDIM writes alpha_t for it.
 
-Shapes: x is (N, C, ...), t is (N,) int64 in 0..num_timesteps-1. A step back also takes one int for
-all of x, as the samplers do: its coefficients are then plain numbers, which takes half the time (and
-a GPU nothing to look up). A model is called as `model(x, t, **model_kwargs)` with original timesteps
-(N,) and returns (N, C, ...), or (N, 2C, ...) when it chooses the variance too. Half-precision model
-outputs are brought to float32 first.
+Shapes: x is (N, C, ...), t is (N,) int64 in 0..num_timesteps-1. A step back also accepts one int for all N, as the
+samplers pass it: its coefficients are then scalars, which takes half the time. A model is called as
+`model(x, t, **model_kwargs)` with original timesteps (N,) and returns (N, C, ...), or (N, 2C, ...) if it also chooses the
+variance. Outputs in half precision are converted to float32 first.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .coefficients import Coefficients, DDIMCoefficients, Tables
 from .likelihood import decoder_log_likelihood, mean_flat, normal_kl
-
-
-class Coefficients(NamedTuple):
-    """What the formulas need of the schedule at t; every field (num_timesteps,), (N, 1, ..) or a number."""
-
-    sqrt_alphas_cumprod: object
-    sqrt_one_minus_alphas_cumprod: object
-    sqrt_recip_alphas_cumprod: object
-    sqrt_recipm1_alphas_cumprod: object
-    posterior_mean_coef1: object
-    posterior_mean_coef2: object
-    posterior_variance: object
-    posterior_log_variance_clipped: object
-    middle_log_variance: object  # log variance = middle + v * reach, v in [-1, 1]: improved DDPM eq. 15,
-    reach_log_variance: object  # from log beta~_t to log beta_t; 0 where the variance is fixed
-    middle_log_sigma: object  # the same for the noise that a step adds, -infinity at t = 0
-    reach_log_sigma: object
-
-
-class Transition(NamedTuple):
-    """x_{t-1} = x0_scale x_0 + x_scale x_t + sigma noise."""
-
-    x0_scale: object
-    x_scale: object
-    sigma: object
 
 
 class GaussianDiffusion:
     """A diffusion process over all timesteps of `betas`.
 
-    betas: (num_timesteps,), in (0, 1). predict_xstart: the model gives x_0, not the noise.
-    variance: "learned" (a model of 2C channels), "fixed_small" (beta~_t) or "fixed_large" (beta_t).
-    loss: "hybrid" (squared error, plus the bound where the variance is learned), "rescaled_hybrid"
-        (the bound times num_timesteps / 1000) or "kl" (the bound alone, times num_timesteps).
+    betas           (num_timesteps,), in (0, 1)
+    predict_xstart  the model predicts x_0, not the noise
+    variance        "learned" (the model returns 2C channels), "fixed_small" (beta~_t) or "fixed_large" (beta_t)
+    loss            "hybrid" (mean squared error, plus the bound if the variance is learned), "rescaled_hybrid" (the bound
+                    times num_timesteps / 1000) or "kl" (the bound alone, times num_timesteps)
 
-    The schedule's attributes are (num_timesteps,) float64 arrays.
+    The attributes of the schedule are float64 arrays (num_timesteps,).
+
+    Raises ValueError if `betas` has another shape or range.
     """
 
-    def __init__(self, *, betas, predict_xstart=False, variance="learned", loss="hybrid"):
+    def __init__(
+        self,
+        *,
+        betas: np.ndarray | Sequence[float],
+        predict_xstart: bool = False,
+        variance: str = "learned",
+        loss: str = "hybrid",
+    ):
         assert variance in ("learned", "fixed_small", "fixed_large"), variance
         assert loss in ("hybrid", "rescaled_hybrid", "kl"), loss
         self.predict_xstart, self.variance, self.loss = predict_xstart, variance, loss
         self.betas = betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
-                f"Found betas of shape {betas.shape} from {betas.min()} to {betas.max()}, expected "
-                "one row of numbers between 0 and 1."
+                f"Found betas of shape {betas.shape} from {betas.min()} to {betas.max()}, expected one dimension and "
+                "values between 0 and 1."
             )
         self.num_timesteps = len(betas)
         self.alphas_cumprod = ab = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = prev = np.append(1.0, ab[:-1])
 
-        # q(x_{t-1} | x_t, x_0), DDPM eq. 7. At t = 0 its variance is 0; the log is t = 1's.
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 7. Its variance is 0 at t = 0; the clipped log is then that of t = 1.
         self.posterior_variance = betas * (1.0 - prev) / (1.0 - ab)
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = np.sqrt(prev) * betas / (1.0 - ab)
         self.posterior_mean_coef2 = np.sqrt(1.0 - betas) * (1.0 - prev) / (1.0 - ab)
 
-        # Tables in float64: name -> (rows, num_timesteps); and on devices: + device, dtype.
+        # p(x_{t-1} | x_t): the log variance is between those of beta~_t and beta_t, improved DDPM eq. 15
         small, large = self.posterior_log_variance_clipped, np.log(np.append(first, betas[1:]))
         if variance == "learned":
             middle, reach = (np.log(betas) + small) / 2, (np.log(betas) - small) / 2
         else:
             middle, reach = small if variance == "fixed_small" else large, np.zeros_like(betas)
+
         schedule = Coefficients(
             sqrt_alphas_cumprod=np.sqrt(ab),
             sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - ab),
@@ -99,40 +85,28 @@ class GaussianDiffusion:
             middle_log_sigma=np.append(-np.inf, middle[1:] / 2),
             reach_log_sigma=reach / 2,
         )
-        self._tables = {"schedule": np.stack(schedule)}
-        self._tables_on = {}
+        self._tables = Tables()  # "schedule" and, for each eta that is used, DDIM's
+        self._tables.add("schedule", schedule)
 
-    def model_timesteps(self, t):
-        """Timesteps of this process, (N,) or one -> the same of those that the model was trained on."""
+    def model_timesteps(self, t: torch.Tensor | int) -> torch.Tensor | int:
+        """Convert timesteps of this process, (N,) or one, to those that the model was trained on."""
         return t
 
-    def _rows(self, table, t, x):
-        """The table's rows at t, each (N, 1, ..) against x, or () for one t; float32, or float64 where x is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if isinstance(t, int):
-            key = table, "numbers", dtype
-            if key not in self._tables_on:
-                self._tables_on[key] = [row.unbind() for row in torch.tensor(self._tables[table].T, dtype=dtype)]
-            return self._tables_on[key][t]
-        key = table, t.device, dtype
-        if key not in self._tables_on:
-            self._tables_on[key] = torch.tensor(self._tables[table], dtype=dtype, device=t.device)
-        rows = self._tables_on[key][:, t]
-        return rows.reshape(*rows.shape, *[1] * (x.ndim - 1)).unbind()
-
     def _at(self, t, x):
-        return Coefficients(*self._rows("schedule", t, x))
+        return Coefficients(*self._tables.at("schedule", t, x))
 
-    # ---- the forward process ----------------------------------------------------------------
+    # ---- the forward process ---------------------------------------------------------------------
 
-    def q_sample(self, x_start, t, noise=None):
-        """A sample of q(x_t | x_0), DDPM eq. 4: (N, C, ...) -> (N, C, ...)."""
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Sample x_t from q(x_t | x_0), DDPM eq. 4: x_start and noise (N, C, ...) -> (N, C, ...)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         c = self._at(t, x_start)
         return c.sqrt_alphas_cumprod * x_start + c.sqrt_one_minus_alphas_cumprod * noise
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
-        """q(x_{t-1} | x_t, x_0), DDPM eq. 7: mean, variance and clipped log variance, as x_t."""
+    def q_posterior_mean_variance(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7, each (N, C, ...)."""
         c = self._at(t, x_t)
         mean = self._posterior_mean(c, x_start, x_t)
         log_variance = c.posterior_log_variance_clipped
@@ -141,10 +115,10 @@ class GaussianDiffusion:
     def _posterior_mean(self, c, x_start, x_t):
         return c.posterior_mean_coef1 * x_start + c.posterior_mean_coef2 * x_t
 
-    # ---- the model's share ------------------------------------------------------------------
+    # ---- the model's prediction ------------------------------------------------------------------
 
     def _output(self, model, x, t, model_kwargs):
-        """The model's prediction (N, C, ...) and its variance channels, as large; 0 where the variance is fixed."""
+        """Return the prediction (N, C, ...) and the variance channels v (N, C, ...), 0 if the variance is fixed."""
         t = self.model_timesteps(t)
         t = torch.full(x.shape[:1], t, device=x.device) if isinstance(t, int) else t
         output = model(x, t, **(model_kwargs or {}))
@@ -152,13 +126,13 @@ class GaussianDiffusion:
         channels = x.shape[1] * (2 if self.variance == "learned" else 1)
         if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
-                f"Found a model output of shape {tuple(output.shape)} for x of {tuple(x.shape)}, "
-                f"expected {channels} channels: create model and diffusion with one learn_sigma."
+                f"Found a model output of shape {tuple(output.shape)} for x of {tuple(x.shape)}, expected {channels} "
+                "channels: create model and diffusion with the same learn_sigma."
             )
         return output.chunk(2, dim=1) if self.variance == "learned" else (output, torch.zeros_like(output))
 
     def _x_start(self, c, prediction, x, clip_denoised=False, denoised_fn=None):
-        """The x_0 that the prediction stands for."""
+        """Return the x_0 that follows from the prediction."""
         if self.predict_xstart:
             x_start = prediction
         else:  # DDPM eq. 15
@@ -166,8 +140,16 @@ class GaussianDiffusion:
         x_start = x_start if denoised_fn is None else denoised_fn(x_start)
         return x_start.clamp(-1, 1) if clip_denoised else x_start
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """p(x_{t-1} | x_t): a dict of "mean", "variance", "log_variance", "pred_xstart", as x.
+    def p_mean_variance(
+        self,
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return "mean", "variance" and "log_variance" of p(x_{t-1} | x_t), and "pred_xstart", each (N, C, ...).
 
         denoised_fn is applied to the predicted x_0 first, then clip_denoised limits it to [-1, 1].
         """
@@ -182,14 +164,21 @@ class GaussianDiffusion:
             "pred_xstart": x_start,
         }
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """The loss of each image at its timestep: a dict of (N,) tensors.
+    def training_losses(
+        self,
+        model: Callable,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the loss of each image at its timestep, and its terms, each (N,).
 
-        "mse" is DDPM's L_simple (eq. 14), "vb" the variational bound's term at t in bits per
-        dimension (eq. 5; absent where the variance is fixed and the loss not "kl"), "loss" their
-        sum: L_hybrid (improved DDPM eq. 16). There vb trains the variance alone. L_vlb sums over t,
-        so one t stands for num_timesteps of them; with eq. 16's lambda of 0.001 its weight is
-        num_timesteps / 1000, which is the 1 of "hybrid" at the usual 1000 steps.
+        "mse" is DDPM's L_simple (eq. 14). "vb" is the term of the variational bound at t, in bits per dimension (eq. 5);
+        it is absent if the variance is fixed and the loss is not "kl". "loss" is their sum, L_hybrid (improved DDPM
+        eq. 16), in which vb trains the variance alone. L_vlb is a sum over all timesteps, so that vb at a random t
+        estimates L_vlb / num_timesteps. The weight 0.001 of L_vlb in eq. 16 thus is a weight of num_timesteps / 1000 for
+        vb; "hybrid" has the weight 1, the same at the usual 1000 timesteps.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -208,7 +197,7 @@ class GaussianDiffusion:
         return terms
 
     def _bound(self, x_start, x_t, t, prediction, v):
-        """One term of DDPM eq. 5, in bits per dimension: L_{t-1}, at t = 0 the decoder's; (N,)."""
+        """Return a term of DDPM eq. 5 in bits per dimension (N,): L_{t-1}, or the decoder's L_0 at t = 0."""
         c = self._at(t, x_t)
         true_mean = self._posterior_mean(c, x_start, x_t)
         mean = self._posterior_mean(c, self._x_start(c, prediction, x_t), x_t)
@@ -217,21 +206,22 @@ class GaussianDiffusion:
         nll = -decoder_log_likelihood(x_start, mean, 0.5 * log_variance)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
-    # ---- one step back ----------------------------------------------------------------------
+    # ---- one step back ---------------------------------------------------------------------------
 
     def p_sample(
         self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        model_kwargs=None,
-        noise_fn=torch.randn_like,
-    ):
-        """x_t -> a sample of p(x_{t-1} | x_t), and the x_0 behind it: "sample", "pred_xstart".
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        noise_fn: Callable = torch.randn_like,
+    ) -> dict[str, torch.Tensor]:
+        """Sample x_{t-1} from p(x_{t-1} | x_t); return it and the predicted x_0: "sample", "pred_xstart".
 
-        noise_fn(x) is called at t = 0 too, where its noise is multiplied by 0.
+        noise_fn(x) returns the noise (N, C, ...). It is also called at t = 0, where its result is multiplied by 0. For
+        the other arguments, see `p_mean_variance`.
         """
         prediction, v = self._output(model, x, t, model_kwargs)
         c = self._at(t, x)
@@ -242,69 +232,83 @@ class GaussianDiffusion:
 
     def ddim_sample(
         self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        model_kwargs=None,
-        eta=0.0,
-        noise_fn=torch.randn_like,
-    ):
-        """DDIM's step, eq. 12, as `p_sample`; eta in [0, 1] scales the noise it adds, eq. 16."""
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor | int,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        eta: float = 0.0,
+        noise_fn: Callable = torch.randn_like,
+    ) -> dict[str, torch.Tensor]:
+        """Make DDIM's step (eq. 12); arguments and result are those of `p_sample`.
+
+        eta in 0..1 scales the added noise (eq. 16): 0 is deterministic, 1 is as random as DDPM. Raises ValueError if it
+        is out of range.
+        """
         if eta not in self._tables:
-            self._tables[eta] = self._ddim_table(eta)
+            self._tables.add(eta, self._ddim_coefficients(eta))
         prediction, _ = self._output(model, x, t, model_kwargs)
         x_start = self._x_start(self._at(t, x), prediction, x, clip_denoised, denoised_fn)
-        step = Transition(*self._rows(eta, t, x))
+        step = DDIMCoefficients(*self._tables.at(eta, t, x))
         mean = step.x0_scale * x_start + step.x_scale * x
         return {"sample": mean + step.sigma * noise_fn(mean), "pred_xstart": x_start}
 
-    def _ddim_table(self, eta):
-        """DDIM's transition in float64: (3, num_timesteps); at eta = 1 it is DDPM's eq. 7."""
+    def _ddim_coefficients(self, eta):
+        """Return DDIM's step at every timestep, float64 (num_timesteps,) each; at eta = 1 it is DDPM's eq. 7."""
         if not 0 <= eta <= 1:
-            raise ValueError(f"Found eta={eta}, expected 0 (deterministic) to 1 (as much as DDPM).")
+            raise ValueError(f"Found eta={eta}, expected 0 (deterministic) to 1 (as random as DDPM).")
         ab, prev = self.alphas_cumprod, self.alphas_cumprod_prev
         sigma = eta * np.sqrt((1.0 - prev) / (1.0 - ab)) * np.sqrt(1.0 - ab / prev)  # eq. 16
-        direction = np.sqrt((1.0 - prev - sigma**2) / (1.0 - ab))  # eq. 7, of (x - sqrt(ab) x_0)
-        return np.stack(Transition(np.sqrt(prev) - direction * np.sqrt(ab), direction, sigma))
+        direction = np.sqrt((1.0 - prev - sigma**2) / (1.0 - ab))  # eq. 7, coefficient of x - sqrt(ab) x_0
+        return DDIMCoefficients(np.sqrt(prev) - direction * np.sqrt(ab), direction, sigma)
 
-    # ---- all the way back -------------------------------------------------------------------
+    # ---- all steps back --------------------------------------------------------------------------
 
-    def p_sample_loop(self, model, shape, noise=None, **options):
-        """DDPM's sampler: the last "sample" of `p_sample_loop_progressive`, with its options."""
+    def p_sample_loop(
+        self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None, **options
+    ) -> torch.Tensor:
+        """Sample with DDPM: the last "sample" of `p_sample_loop_progressive`, which lists the options."""
         return _last(self.p_sample_loop_progressive(model, shape, noise, **options))
 
-    def ddim_sample_loop(self, model, shape, noise=None, **options):
-        """DDIM's sampler: the last "sample" of `ddim_sample_loop_progressive`, with its options."""
+    def ddim_sample_loop(
+        self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None, **options
+    ) -> torch.Tensor:
+        """Sample with DDIM: the last "sample" of `ddim_sample_loop_progressive`, which lists the options."""
         return _last(self.ddim_sample_loop_progressive(model, shape, noise, **options))
 
-    def ddim_sample_loop_progressive(self, model, shape, noise=None, *, eta=0.0, **options):
-        """As `p_sample_loop_progressive`, with DDIM's steps; eta as in `ddim_sample`."""
+    def ddim_sample_loop_progressive(
+        self, model: Callable, shape: Sequence[int], noise: torch.Tensor | None = None, *, eta: float = 0.0, **options
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Sample with DDIM and yield every step: `p_sample_loop_progressive` with the eta of `ddim_sample`."""
         return self.p_sample_loop_progressive(model, shape, noise, step=partial(self.ddim_sample, eta=eta), **options)
 
     def p_sample_loop_progressive(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        step_noise=None,
-        step=None,
-    ):
-        """From noise to samples, without gradients: yields each step's "sample" and "pred_xstart".
+        model: Callable,
+        shape: Sequence[int],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        step_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        step: Callable | None = None,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Sample from noise, without gradients, and yield the "sample" and "pred_xstart" of every step.
 
-        shape: (N, C, ...). noise: x_T of that shape, by default drawn on `device`, which by default
-        is the model's. progress: show a bar. step_noise(x, i): the noise, shaped as x, that step i
-        adds (i from num_timesteps - 1 down to 0, whose noise is multiplied by 0), in place of
-        torch.randn_like(x); with it each image can have a noise stream of its own. step: the
-        method that makes one step, by default `p_sample`.
+        shape       (N, C, ...)
+        noise       x_T of that shape; by default it is drawn on `device`
+        device      by default that of the noise, or else the model's
+        progress    show a progress bar
+        step_noise  step_noise(x, i) returns the noise, shaped as x, that step i adds, instead of torch.randn_like(x); i
+                    runs from num_timesteps - 1 down to 0, where the noise is multiplied by 0. With it each image can have
+                    its own noise stream
+        step        the method that makes one step, by default `p_sample`
 
-        Raises ValueError when a noise has another shape, or when no device can be told.
+        The others are those of `p_sample`. Raises ValueError if noise has another shape, or if neither noise nor device
+        is given and the model is not a module.
         """
         step = self.p_sample if step is None else step
         if noise is None:
@@ -327,13 +331,13 @@ def _last(steps):
 def _noise_of(shape, noise):
     if tuple(noise.shape) != tuple(shape):
         raise ValueError(
-            f"Found noise of shape {tuple(noise.shape)}, expected {tuple(shape)}: give one noise for each sample."
+            f"Found noise of shape {tuple(noise.shape)}, expected {tuple(shape)}: pass one noise for each sample."
         )
     return noise
 
 
 def _device(model):
-    owner = getattr(model, "__self__", model)  # of model.forward_with_cfg, the model
+    owner = getattr(model, "__self__", model)  # the model of a bound method such as model.forward_with_cfg
     if not isinstance(owner, torch.nn.Module):
-        raise ValueError(f"Found neither noise nor device, and {model!r} is no module that has one: pass device.")
+        raise ValueError(f"Found neither noise nor device, and {model!r} is not a module that has one: pass device.")
     return next(owner.parameters()).device

@@ -1,5 +1,6 @@
-"""A diffusion process that walks only some of the timesteps its model was trained on."""
+"""A diffusion process over a subset of the timesteps that its model was trained on."""
 
+from collections.abc import Collection, Sequence
 from itertools import accumulate, repeat
 
 import numpy as np
@@ -8,49 +9,49 @@ import torch
 from .gaussian_diffusion import GaussianDiffusion
 
 
-def space_timesteps(num_timesteps, section_counts):
-    """The set of timesteps, out of 0..num_timesteps-1, that a shorter process keeps.
+def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> set[int]:
+    """Return the timesteps, out of 0..num_timesteps-1, that a shorter process keeps.
 
-    section_counts: a number of steps ("250" or 250), spread evenly from the first timestep to the
-        last; several of them ("10,15,25" or a list), one for each of as many equal sections of the
-        timesteps; or "ddimN", N timesteps 0, s, 2s, .. with a whole stride s, as DDIM has them.
+    section_counts  "250" or 250: this many steps, evenly spaced from the first timestep to the last.
+                    "10,15,25" or a list: the same in each of as many sections of equal length.
+                    "ddim25": 25 timesteps 0, s, 2s, .. with an integer stride s, as DDIM has them
 
-    Raises ValueError when the counts cannot be read or do not fit.
+    Raises ValueError if the counts cannot be read or do not fit.
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
-        return _whole_stride(num_timesteps, *_integers(section_counts[len("ddim") :], 1))
+        return _integer_stride(num_timesteps, *_integers(section_counts[len("ddim") :], 1))
     if isinstance(section_counts, str):
         counts = _integers(section_counts)
     else:
         counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
     if min(counts, default=0) < 0 or sum(counts) == 0:
-        raise ValueError(f"Found step counts {counts}, expected one step or more and none below 0.")
+        raise ValueError(f"Found step counts {counts}, expected counts of 0 or more and at least one step.")
 
-    size, longer = divmod(num_timesteps, len(counts))  # the first `longer` sections hold one more
+    size, longer = divmod(num_timesteps, len(counts))  # the first `longer` sections hold one timestep more
     kept, start = set(), 0
     for section, count in enumerate(counts):
         length = size + (section < longer)
         if count > length:
             raise ValueError(
-                f"Found {count} steps for a section of {length} timesteps, expected at most one "
-                "step per timestep: ask for fewer."
+                f"Found {count} steps for a section of {length} timesteps, expected at most one step per timestep: "
+                "choose fewer."
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # A running sum, not k * stride: where k * stride ends in .5, its last bits choose the
-        # timestep, and a process named "250" has to be the same one in every implementation.
+        # A running sum, not k * stride, as in DiT's code: if k * stride ends in .5, the last bits of the sum choose the
+        # timestep, and "250" must be the same process in every implementation.
         offsets = accumulate(repeat(stride, max(count - 1, 0)), initial=0.0)
         kept.update(start + round(offset) for offset, _ in zip(offsets, range(count)))
         start += length
     return kept
 
 
-def _whole_stride(num_timesteps, count):
+def _integer_stride(num_timesteps, count):
     for stride in range(1, num_timesteps + 1):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))
     raise ValueError(
-        f'Found "ddim{count}", but no whole stride takes {count} of {num_timesteps} timesteps: '
-        "choose another count, such as ddim25, ddim50 or ddim100."
+        f'Found "ddim{count}", but no integer stride keeps {count} of {num_timesteps} timesteps: choose another count, '
+        "such as ddim25, ddim50 or ddim100."
     )
 
 
@@ -58,30 +59,34 @@ def _integers(text, limit=None):
     fields = text.split(",")
     if not all(field.strip().isdecimal() for field in fields) or (limit and len(fields) > limit):
         raise ValueError(
-            f'Found timestep respacing "{text}", expected a count such as "250", counts such as '
-            '"10,15,25", or "ddim" and one count such as "ddim25".'
+            f'Found timestep respacing "{text}", expected a count such as "250", counts such as "10,15,25", or "ddim" '
+            'and one count such as "ddim25".'
         )
     return [int(field) for field in fields]
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """The process of `betas`, looked at only at the timesteps `use_timesteps`.
+    """The process of `betas`, restricted to some of its timesteps.
 
-    Every t of its methods counts the kept timesteps, 0..num_timesteps-1; the model gets the
-    original timestep, `timestep_map[t]`. betas: (original_num_steps,), of the whole process.
+    use_timesteps  the kept timesteps, out of 0..original_num_steps-1
+    betas          (original_num_steps,) of the complete process
+    kwargs         other arguments of `GaussianDiffusion`
+
+    Every t of its methods counts the kept timesteps, 0..num_timesteps-1; the model receives the original timestep,
+    `timestep_map[t]`.
     """
 
-    def __init__(self, use_timesteps, *, betas, **kwargs):
+    def __init__(self, use_timesteps: Collection[int], *, betas: np.ndarray, **kwargs):
         self.timestep_map = sorted(use_timesteps)
         self.original_num_steps = len(betas)
         assert self.timestep_map and set(self.timestep_map) <= set(range(len(betas))), use_timesteps
-        # alpha_bar is kept at the kept timesteps; the betas between them follow from it.
+        # The kept timesteps have their original alpha_bar; the betas between them follow from it.
         kept = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
         super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
         self._map_on = {}  # device -> (num_timesteps,) int64
 
-    def model_timesteps(self, t):
-        """Positions among the kept timesteps, (N,) or one -> original timesteps."""
+    def model_timesteps(self, t: torch.Tensor | int) -> torch.Tensor | int:
+        """Convert t, positions (N,) among the kept timesteps or one of them, to original timesteps."""
         if isinstance(t, int):
             return self.timestep_map[t]
         if t.device not in self._map_on:
