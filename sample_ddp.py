@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from finetune import store_frozen
+from guidance import hash_integer
 from hierarchy.layouts import folder_names
 from runtime.cli import Parser, check_range, run_command
 from runtime.device import DTYPES, PRECISIONS, resolve_precision
@@ -92,8 +93,7 @@ def balanced_labels(count, classes):
 
 def random_labels(count, classes, seed):
     """Labels int64 (count,), that of k drawn uniformly by (seed, k)."""
-    digests = (hashlib.blake2b(f"label {seed} {k}".encode(), digest_size=16).digest() for k in range(count))
-    return np.array([int.from_bytes(digest, "little") % classes for digest in digests])
+    return np.array([hash_integer(f"label {seed} {k}") % classes for k in range(count)])
 
 
 def collect_settings(args, description, autoencoder):

@@ -3,14 +3,12 @@
 Shapes: N images, latents (N, C, h, w); labels (N,) rows of the class table.
 """
 
-import hashlib
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from diffusion import create_diffusion
-from guidance import Guidance, guided
+from guidance import Guidance, guided, hash_integer
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
 
@@ -21,8 +19,7 @@ def noise_stream(*key):
     Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a 128-bit hash: that two
     of 500,000 images share a stream has a chance of 4e-28.
     """
-    digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(key=hash_integer(" ".join(map(str, key)))))
 
 
 def draw_noise(streams, shape, device="cpu"):

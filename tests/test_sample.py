@@ -226,7 +226,7 @@ def test_domain_guidance_is_by_the_plain_dit_before_the_fine_tune(asked, adapter
     for _ in range(2):
         assert guides(model, guidance, X, T, Y).equal(plain(X, T, torch.tensor([9, 9, 9]))[:, :3])
         assert model(X, T, Y).equal(own)
-    swapped = sum(tensor.numel() for tensor in guidance.other.values())
+    swapped = sum(tensor.numel() for tensor in guidance.other_weights.values())
     trained = sum(tensor.numel() for tensor in read_weights(adapter)[0].values())
     assert swapped == trained - 7 * 256 + 256  # of the class table one row
 
