@@ -1,4 +1,4 @@
-"""The DiT against the official code's numbers, its shapes, its start and guidance."""
+"""DiT: outputs of the official code, presets and shapes, initialization, labels, guidance, compilation."""
 
 import json
 
@@ -12,19 +12,19 @@ from models import NORM_EPS, DiT, DiT_models, NormAndModulate, norm_and_modulate
 from sampling.samplers import sample_latents_official
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
-# DiT (arXiv 2212.09748), table 1: depth, width, heads
+# DiT (arXiv 2212.09748), table 1: depth, width, heads; Ti is the quick start's
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "Ti": (4, 256, 4)}
 NAMES = [f"DiT-{size}/{patch}" for size in "S B L XL".split() for patch in (2, 4, 8)] + ["DiT-Ti/2"]
 TABLE = "y_embedder.embedding_table.weight"
 
 
 def near(ours, theirs):
-    """Within 1e-5 of the largest number."""
+    """Assert that two tensors agree within 1e-5 of the largest value."""
     assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
 def load(name):
-    """(the official code's model with its random weights, what it was given and what it gave)."""
+    """Return a model with the random weights of the official code's, and the recorded inputs and outputs of that."""
     tensors, metadata = golden(name)
     sizes = {key.removeprefix("cfg/"): value for key, value in metadata.items() if key.startswith("cfg/")}
     state = {key.removeprefix("state/"): value for key, value in tensors.items() if key.startswith("state/")}
@@ -55,23 +55,23 @@ def seed_and_no_gradients():
         yield
 
 
-# ---- the official code's numbers --------------------------------------------------------------------------------------
+# ---- outputs of the official code ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "fine"])
-def test_forward_and_guided_forward_are_the_official_ones(name, request):
+def test_forward_passes_match_the_official_code(name, request):
     model, data = request.getfixturevalue(name)
     near(model(data["x"], data["t"], data["y"]), data["out"])
     near(model.forward_with_cfg(data["xx"], data["tt"], data["yy"], 4.0), data["out_cfg4"])
 
 
-def test_superclass_rows_are_the_official_ones(fine):
+def test_superclass_rows_match_the_official_code(fine):
     model, data = fine
     assert model.y_embedder.superclass_rows(torch.arange(10000)).equal(data["superclass_labels"])
     assert model.y_embedder.superclass_rows(data["yy"][:3]).equal(data["yy"][3:])
 
 
-def test_ten_steps_from_the_official_random_stream(fine):
+def test_ten_sampling_steps_match_the_official_code(fine):
     model, data = fine
     near(sample_latents_official(model, data["yy"][:3], seed=0, cfg_scale=4.0, steps=10), data["sample10_seed0"])
 
@@ -79,17 +79,17 @@ def test_ten_steps_from_the_official_random_stream(fine):
 @pytest.mark.parametrize(
     "name, size", [("DiT-XL/2", 32), ("DiT-XL/2-512", 64), ("DiT-S/8", 32), ("DiT-B/4", 32)], ids=lambda x: str(x)
 )
-def test_state_dict_is_the_official_one(name, size):
+def test_state_dict_has_the_official_names_and_shapes(name, size):
     with torch.device("meta"):
         model = DiT_models[name.removesuffix("-512")](input_size=size, num_classes=10000, num_super_classes=11)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == SHAPES[name]["shapes"]
     assert sum(p.numel() for p in model.parameters()) == SHAPES[name]["total"]
 
 
-# ---- presets, shapes, start -------------------------------------------------------------------------------------------
+# ---- presets, shapes, initialization -------------------------------------------------------------
 
 
-def test_the_presets():
+def test_presets_have_the_published_sizes():
     assert sorted(DiT_models) == sorted(NAMES)
     for name in NAMES:
         with torch.device("meta"):
@@ -102,7 +102,7 @@ def test_the_presets():
 
 
 @pytest.mark.parametrize("sizes", [{}, dict(in_channels=3, patch_size=4), dict(learn_sigma=False, input_size=6)])
-def test_the_prediction_of_a_new_model_is_zero(sizes):
+def test_a_new_model_predicts_zero(sizes):
     model = tiny_dit(**sizes)
     x = torch.randn(3, model.in_channels, model.input_size, model.input_size)
     out = model(x, torch.tensor([0, 500, 999]), torch.tensor([0, 4, 6]))
@@ -112,7 +112,7 @@ def test_the_prediction_of_a_new_model_is_zero(sizes):
     assert all(block(tokens, torch.randn(3, 32)).equal(tokens) for block in model.blocks)
 
 
-def test_unpatchify_undoes_patches():
+def test_unpatchify_restores_the_image():
     model, p = tiny_dit(patch_size=4, input_size=12), 4
     image = torch.randn(2, model.out_channels, 12, 12)
     corners = [(row, column) for row in range(0, 12, p) for column in range(0, 12, p)]
@@ -121,8 +121,8 @@ def test_unpatchify_undoes_patches():
     assert model.unpatchify(tokens).equal(image)
 
 
-def test_patches_and_places_go_together():
-    """Tokens are in the order of `unpatchify`: a change of one patch reaches its own token alone."""
+def test_tokens_are_in_the_order_of_unpatchify():
+    """Change one patch: only its own token changes."""
     model = tiny_dit()
     x, changed = torch.zeros(2, 1, 4, 8, 8).unbind()
     changed[:, :, 2:4, 6:8] = 1.0
@@ -130,12 +130,12 @@ def test_patches_and_places_go_together():
     assert moved.flatten().nonzero().tolist() == [[1 * 4 + 3]]
 
 
-def test_input_that_patches_do_not_divide():
+def test_an_input_size_that_the_patch_size_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="is 9 pixels wide, expected a multiple of its patch size 2"):
         tiny_dit(input_size=9)
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def inputs(count=4, seed=3):
@@ -143,7 +143,7 @@ def inputs(count=4, seed=3):
     return torch.randn(count, 4, 8, 8, generator=generator), torch.linspace(0, 999, count).long()
 
 
-def test_dropped_labels_are_their_superclasses():
+def test_dropped_labels_become_their_superclasses():
     model, (x, t), y = awake(tiny_dit()), inputs(), torch.tensor([0, 1, 4, 5])
     drop = torch.tensor([1, 0, 1, 1])
     for mode in (model.train(), model.eval()):
@@ -152,13 +152,13 @@ def test_dropped_labels_are_their_superclasses():
         assert not out.equal(model(x, t, y))
 
 
-def test_labels_are_dropped_in_training_alone():
+def test_labels_are_dropped_only_in_training():
     model, (x, t), y = awake(tiny_dit(class_dropout_prob=1.0)), inputs(), torch.tensor([0, 1, 4, 2])
     kept, dropped = model.eval()(x, t, y), model.train()(x, t, y)
     assert dropped.equal(model.eval()(x, t, torch.tensor([5, 6, 6, 5]))) and not dropped.equal(kept)
 
 
-# ---- guidance ---------------------------------------------------------------------------------------------------------
+# ---- guidance ------------------------------------------------------------------------------------
 
 
 def superclass_guidance(model, labels, scale, channels=3):
@@ -166,7 +166,7 @@ def superclass_guidance(model, labels, scale, channels=3):
 
 
 @pytest.mark.parametrize("channels", [3, "all"])
-def test_one_superclass_is_plain_classifier_free_guidance(plain, channels):
+def test_a_single_superclass_gives_classifier_free_guidance(plain, channels):
     (model, _), (x, t), y = plain, inputs(), torch.tensor([0, 3, 4, 4])
     null = torch.full((4,), 5)
     with_class, without = model(x, t, y), model(x, t, null)
@@ -177,14 +177,14 @@ def test_one_superclass_is_plain_classifier_free_guidance(plain, channels):
     assert (out - with_class).abs().max() > 1e-2
 
 
-def test_guidance_is_by_the_superclass():
+def test_the_superclass_guides_the_class():
     model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 1, 2, 3])
     with_class, without = model(x, t, y), model(x, t, torch.tensor([5, 6, 5, 6]))
     near(superclass_guidance(model, y, 4.0)(x, t)[:, :3], without[:, :3] + 4 * (with_class - without)[:, :3])
     near(superclass_guidance(model, y, 0.0)(x, t)[:, :3], without[:, :3])
 
 
-def test_scale_one_is_no_guidance():
+def test_scale_one_needs_no_second_forward_pass():
     model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 1, 2, 3])
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -192,7 +192,7 @@ def test_scale_one_is_no_guidance():
     assert sizes == [4, 4]  # not 8
 
 
-def test_three_channels_are_guided_or_all():
+def test_three_or_all_channels_are_guided():
     model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 1, 2, 3])
     few, every, own = (superclass_guidance(model, y, s, c)(x, t) for s, c in ((4, 3), (4, "all"), (1, 3)))
     assert few[:, :3].equal(every[:, :3]) and not few[:, :3].equal(own[:, :3])
@@ -202,8 +202,19 @@ def test_three_channels_are_guided_or_all():
     near(every[:, 4:], own[:, 4:])
 
 
+def test_guided_forward_ignores_the_second_half():
+    model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 3, 5, 6])
+    out = model.forward_with_cfg(x, t.clamp(max=0), y, 4.0)
+    other = model.forward_with_cfg(torch.cat([x[:2], -x[2:]]), t.clamp(max=0), y, 4.0)
+    assert out.shape == (4, 8, 8, 8) and out.equal(other)
+    assert out[:2, :3].equal(out[2:, :3]) and not out[:2, 3:].equal(out[2:, 3:])
+
+
+# ---- adaptive norms, compilation -----------------------------------------------------------------
+
+
 def test_norm_and_modulate():
-    """Its backward pass is written out: against numerical derivatives, and against autograd's of the formula."""
+    """Compare the hand-written backward pass with numerical derivatives and with autograd on the formula."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3, 5), (5,), (5,), (2, 1, 5), (2, 1, 5)]  # x, weight, bias, shift, scale
     x, weight, bias, shift, scale = values = [
@@ -211,7 +222,7 @@ def test_norm_and_modulate():
     ]
     norm = torch.nn.LayerNorm(5, NORM_EPS).double()
     norm.weight, norm.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
-    plain = norm_and_modulate(norm, x, shift, scale)  # these tests make no gradients: the formula as it is sampled with
+    plain = norm_and_modulate(norm, x, shift, scale)  # without gradients, as in sampling
     with torch.enable_grad():
         trained = norm_and_modulate(norm, x, shift, scale)
         assert "NormAndModulate" in trained.grad_fn.name()
@@ -232,11 +243,3 @@ def test_all_blocks_share_one_graph():
     model.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
     assert model(x[:2], t[:2], y).equal(expected) and len(graphs) == 1
     torch.compiler.reset()
-
-
-def test_guided_forward_looks_at_the_first_half_alone():
-    model, (x, t), y = awake(tiny_dit()).eval(), inputs(), torch.tensor([0, 3, 5, 6])
-    out = model.forward_with_cfg(x, t.clamp(max=0), y, 4.0)
-    other = model.forward_with_cfg(torch.cat([x[:2], -x[2:]]), t.clamp(max=0), y, 4.0)
-    assert out.shape == (4, 8, 8, 8) and out.equal(other)
-    assert out[:2, :3].equal(out[2:, :3]) and not out[:2, 3:].equal(out[2:, 3:])

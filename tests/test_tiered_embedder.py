@@ -1,4 +1,4 @@
-"""The table of classes and superclasses: its rows, and which of them a label stands for."""
+"""The tiered class table: its rows, label dropout, the null row, invalid arguments."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from helpers.tiny_models import PARENTS, awake, tiny_dit
 
 from tiered_embedder import TieredEmbedder
 
-EVERY = torch.arange(7)  # 5 classes, 2 superclasses
-THEIRS = torch.tensor([5, 6, 5, 6, 6, 5, 6])  # the rows of their superclasses
+ROWS = torch.arange(7)  # of 5 classes and 2 superclasses
+SUPERCLASS_ROWS = torch.tensor([5, 6, 5, 6, 6, 5, 6])  # for each of ROWS
 
 
 def embedder(dropout_prob=0.1, parents=PARENTS, num_super_classes=2, null_row=False):
@@ -16,7 +16,7 @@ def embedder(dropout_prob=0.1, parents=PARENTS, num_super_classes=2, null_row=Fa
 
 
 def rows_of(module, vectors):
-    """Which rows of the table the vectors (N, 8) are."""
+    """Return the rows of the table (N,) that equal the vectors (N, 8)."""
     equal = (vectors[:, None] == module.embedding_table.weight).all(-1)
     assert (equal.sum(1) == 1).all()
     return equal.int().argmax(1)
@@ -25,11 +25,11 @@ def rows_of(module, vectors):
 def test_a_row_for_each_class_and_superclass():
     module = embedder()
     assert module.embedding_table.weight.shape == (7, 8)
-    assert rows_of(module, module(EVERY, train=False)).equal(EVERY)
+    assert rows_of(module, module(ROWS, train=False)).equal(ROWS)
 
 
 def test_superclass_rows():
-    assert embedder().superclass_rows(EVERY).equal(THEIRS)
+    assert embedder().superclass_rows(ROWS).equal(SUPERCLASS_ROWS)
 
 
 def test_a_single_superclass_is_the_null_class():
@@ -38,7 +38,7 @@ def test_a_single_superclass_is_the_null_class():
     assert rows_of(module, module(torch.arange(6), True, torch.ones(6))).tolist() == [5] * 6
 
 
-def test_the_state_dict_is_the_table():
+def test_the_state_dict_holds_only_the_table():
     module = embedder()
     assert list(module.state_dict()) == ["embedding_table.weight"]
     other = embedder(parents=[1, 1, 0, 0, 1])
@@ -46,23 +46,23 @@ def test_the_state_dict_is_the_table():
     assert other.parents.tolist() == [1, 1, 0, 0, 1]
 
 
-# ---- dropping ---------------------------------------------------------------------------------------------------------
+# ---- dropping ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout_prob, expected", [(0.0, EVERY), (1.0, THEIRS)])
-def test_none_or_all_are_dropped(dropout_prob, expected):
+@pytest.mark.parametrize("dropout_prob, expected", [(0.0, ROWS), (1.0, SUPERCLASS_ROWS)])
+def test_probability_0_drops_no_label_and_1_drops_all(dropout_prob, expected):
     module = embedder(dropout_prob)
-    assert rows_of(module, module(EVERY, train=True)).equal(expected)
-    assert rows_of(module, module(EVERY, train=False)).equal(EVERY)
+    assert rows_of(module, module(ROWS, train=True)).equal(expected)
+    assert rows_of(module, module(ROWS, train=False)).equal(ROWS)
 
 
 @pytest.mark.parametrize("dropout_prob", [0.1, 0.6])
-def test_the_rate(dropout_prob):
+def test_labels_are_dropped_at_the_given_rate(dropout_prob):
     module, labels = embedder(dropout_prob), torch.arange(5).repeat(4000)
     torch.manual_seed(1)
     found = rows_of(module, module(labels, train=True))
     dropped = found != labels
-    assert found[dropped].equal(THEIRS[labels[dropped]])
+    assert found[dropped].equal(SUPERCLASS_ROWS[labels[dropped]])
     for which in (labels >= 0, *(labels == label for label in range(5))):
         deviation = (dropout_prob * (1 - dropout_prob) / which.sum()) ** 0.5
         assert abs(dropped[which].double().mean() - dropout_prob) < 4 * deviation
@@ -70,91 +70,91 @@ def test_the_rate(dropout_prob):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dropout_prob", [0.0, 1.0])
-def test_forced_drops_come_before_chance(train, dropout_prob):
+def test_forced_drops_override_chance(train, dropout_prob):
     module, drop = embedder(dropout_prob), torch.tensor([1, 0, 0, 1, 0, 1, 0])
     expected = torch.tensor([5, 1, 2, 6, 4, 5, 6])
     for force in (drop, drop.bool(), drop.float()):
-        assert rows_of(module, module(EVERY, train, force)).equal(expected)
+        assert rows_of(module, module(ROWS, train, force)).equal(expected)
 
 
-def test_the_callers_labels_never_change():
-    module, labels = embedder(1.0), EVERY.clone()
+def test_the_callers_labels_are_never_modified():
+    module, labels = embedder(1.0), ROWS.clone()
     module(labels, True)
     module(labels, True, torch.ones(7))
     dropped = module.token_drop(labels)
     kept = module.token_drop(labels, torch.zeros(7))
     module.superclass_rows(labels)
-    assert labels.equal(EVERY) and not dropped.equal(EVERY)
-    kept.fill_(0)  # a copy, even where nothing was dropped
-    assert labels.equal(EVERY)
+    assert labels.equal(ROWS) and not dropped.equal(ROWS)
+    kept.fill_(0)  # a copy, even if nothing was dropped
+    assert labels.equal(ROWS)
 
 
-def test_gradients_reach_the_rows_that_were_looked_up_alone():
+def test_gradients_reach_only_the_rows_that_were_looked_up():
     module = embedder(0.0)
     module(torch.tensor([0, 0, 3, 4]), True, torch.tensor([0, 0, 0, 1])).sum().backward()
     assert module.embedding_table.weight.grad[:, 0].tolist() == [2, 0, 0, 1, 0, 0, 1]
 
 
-# ---- the null row -----------------------------------------------------------------------------------------------------
+# ---- the null row --------------------------------------------------------------------------------
 
 
-def test_a_null_row_comes_last():
+def test_the_null_row_is_the_last_row():
     module = embedder(null_row=True)
     assert module.embedding_table.weight.shape == (8, 8) and list(module.state_dict()) == ["embedding_table.weight"]
-    assert module.has_null and module.null_rows(EVERY).tolist() == [7] * 7
-    assert module.superclass_rows(torch.arange(8)).tolist() == [*THEIRS.tolist(), 7]
+    assert module.has_null and module.null_rows(ROWS).tolist() == [7] * 7
+    assert module.superclass_rows(torch.arange(8)).tolist() == [*SUPERCLASS_ROWS.tolist(), 7]
     assert rows_of(module, module(torch.tensor([7, 0]), train=False)).tolist() == [7, 0]
 
 
-def test_the_null_class_of_a_plain_dit_is_its_superclass():
+def test_the_null_class_of_a_plain_dit_is_its_superclass_row():
     module = embedder(parents=None, num_super_classes=1)
-    assert module.has_null and module.null_rows(EVERY[:5]).equal(module.superclass_rows(EVERY[:5]))
+    assert module.has_null and module.null_rows(ROWS[:5]).equal(module.superclass_rows(ROWS[:5]))
 
 
-def test_labels_drop_to_the_null_row_where_they_are_forced_to():
+def test_labels_become_the_null_row_only_if_forced():
     module, drop = embedder(1.0, null_row=True), torch.tensor([2, 0, 1, 2, 1, 0, 2])
     for train in (True, False):
-        assert rows_of(module, module(EVERY, train, drop)).tolist() == [7, 1, 5, 7, 6, 5, 7]
-    assert rows_of(module, module(EVERY, True)).equal(THEIRS)  # chance drops to superclasses alone
+        assert rows_of(module, module(ROWS, train, drop)).tolist() == [7, 1, 5, 7, 6, 5, 7]
+    assert rows_of(module, module(ROWS, True)).equal(SUPERCLASS_ROWS)  # chance chooses superclasses only
     plain = embedder(1.0, parents=None, num_super_classes=1)
-    assert rows_of(plain, plain(EVERY[:5], True, drop[:5])).tolist() == [5, 1, 5, 5, 5]
+    assert rows_of(plain, plain(ROWS[:5], True, drop[:5])).tolist() == [5, 1, 5, 5, 5]
 
 
-def test_a_dit_with_a_null_row_has_one_row_more_and_is_the_same():
-    plain, rooted = (awake(tiny_dit(null_row=null_row)).eval() for null_row in (False, True))
+def test_a_null_row_adds_one_row_and_changes_nothing_else():
+    plain, with_null = (awake(tiny_dit(null_row=null_row)).eval() for null_row in (False, True))
     state = plain.state_dict()
-    shapes = {name: tensor.shape for name, tensor in rooted.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in with_null.state_dict().items()}
     table = "y_embedder.embedding_table.weight"
     assert shapes == {name: tensor.shape for name, tensor in state.items()} | {table: (8, 32)}
-    rooted.load_state_dict(state | {table: torch.cat([state[table], torch.ones(1, 32)])})
+    with_null.load_state_dict(state | {table: torch.cat([state[table], torch.ones(1, 32)])})
     x, t = torch.randn(7, 4, 8, 8), torch.arange(7) * 100
-    assert rooted(x, t, EVERY).equal(plain(x, t, EVERY))
+    assert with_null(x, t, ROWS).equal(plain(x, t, ROWS))
     drop = torch.tensor([2, 1, 0, 0, 2, 0, 0])
-    expected = torch.where(drop == 2, 7, torch.where(drop == 1, THEIRS, EVERY))
-    assert rooted.train()(x, t, EVERY, force_drop_ids=drop).equal(rooted.eval()(x, t, expected))
+    expected = torch.where(drop == 2, 7, torch.where(drop == 1, SUPERCLASS_ROWS, ROWS))
+    assert with_null.train()(x, t, ROWS, force_drop_ids=drop).equal(with_null.eval()(x, t, expected))
 
 
-def test_without_a_null_row_there_is_none_to_ask_for():
+def test_null_rows_need_a_null_row():
     module = embedder()
     assert not module.has_null
     with pytest.raises(AssertionError, match="without a null row"):
-        module.null_rows(EVERY)
+        module.null_rows(ROWS)
 
 
-# ---- without a map, mistakes ------------------------------------------------------------------------------------------
+# ---- without a superclass map, invalid arguments -------------------------------------------------
 
 
-def test_without_a_map_rows_can_be_looked_up_and_nothing_dropped():
+def test_without_a_superclass_map_labels_can_be_embedded_but_not_dropped():
     module = embedder(parents=None)
-    assert rows_of(module, module(EVERY, train=False)).equal(EVERY)
-    for call in (lambda: module(EVERY, train=True), lambda: module.superclass_rows(EVERY)):
-        with pytest.raises(AssertionError, match="without a map"):
+    assert rows_of(module, module(ROWS, train=False)).equal(ROWS)
+    for call in (lambda: module(ROWS, train=True), lambda: module.superclass_rows(ROWS)):
+        with pytest.raises(AssertionError, match="without a superclass map"):
             call()
     module = embedder(0.0, parents=None)
-    assert rows_of(module, module(EVERY, train=True)).equal(EVERY)
+    assert rows_of(module, module(ROWS, train=True)).equal(ROWS)
 
 
-def test_the_map_is_real_under_a_meta_device():
+def test_the_superclass_map_has_values_under_a_meta_device():
     with torch.device("meta"):
         modules = embedder(), embedder(parents=None, num_super_classes=1)
     assert [module.parents.tolist() for module in modules] == [PARENTS, [0] * 5]
@@ -176,6 +176,6 @@ def test_the_map_is_real_under_a_meta_device():
         ((5, 1, 8, 0.1, PARENTS), r"has values 0\.\.1, expected 0\.\.0"),
     ],
 )
-def test_impossible_embedders_are_refused(arguments, words):
+def test_invalid_arguments_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         TieredEmbedder(*arguments)
