@@ -1,86 +1,96 @@
-"""The autoencoder between pixels and latents, and its scale; or none, for a model that works on pixels.
+"""The autoencoder between pixels and latents, and the scale of its latents; or none, for a model of pixels.
 
 Images are (N, 3, H, W) in [-1, 1]; latents are (N, C, H/f, W/f), scaled to about unit variance (arXiv 2112.10752,
 section 4.3.2).
 """
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
-SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders that DiT was trained with
-PUBLISHED = {  # repository, and its commit: nothing else is downloaded, whatever a file names
+from runtime.text import one_line
+
+SD_SCALE = 0.18215  # scale of the Stable Diffusion autoencoders that DiT was trained with
+PUBLISHED_VAES = {  # repository and commit; nothing else is ever downloaded
     "ema": ("stabilityai/sd-vae-ft-ema", "f04b2c4b98319346dad8c65879f680b1997b204a"),
     "mse": ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"),
 }
 
 
 class Autoencoder:
-    """A frozen diffusers `AutoencoderKL`; `vae=None` is the identity on pixels.
+    """A frozen autoencoder with its scale, or the identity on pixels.
 
-    `channels`: C of the latents; `downscale`: f; `scale`: what the latents were multiplied by.
+    vae    a diffusers `AutoencoderKL`; None is the identity on pixels
+    scale  factor that gives the latents about unit variance
+
+    Its attributes also are `channels`, C of the latents; `downscale`, f; and `dtype`, the one of the computation.
     """
 
-    def __init__(self, vae=None, scale=1.0):
+    def __init__(self, vae: torch.nn.Module | None = None, scale: float = 1.0):
         self.vae = vae
         self.channels = 3 if vae is None else vae.config.latent_channels
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.dtype = torch.float32 if vae is None else vae.dtype
         self.scale = scale
         if self.dtype != torch.float32:
-            vae.to(memory_format=torch.channels_last)  # as tensor cores take it
+            vae.to(memory_format=torch.channels_last)  # the layout that tensor cores are fastest with
 
-    def latent_size(self, image_size):
-        """Side of the latent of an image of side `image_size`; ValueError where it does not divide."""
+    def latent_size(self, image_size: int) -> int:
+        """Return the side of the latents of an image with side `image_size`; raise ValueError if f does not divide it."""
         if image_size < 1 or image_size % self.downscale:
             raise ValueError(
-                f"The image size is {image_size}, expected a multiple of {self.downscale}, by which the autoencoder "
-                "shrinks: choose another --image-size."
+                f"The image size is {image_size}, expected a multiple of {self.downscale}, the autoencoder's downscaling: "
+                "choose another --image-size."
             )
         return image_size // self.downscale
 
     @torch.no_grad()
-    def encode_moments(self, images):
-        """Images -> mean and standard deviation of the scaled latents, float32."""
+    def encode_moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode images (N, 3, H, W); return mean and standard deviation of the scaled latents, float32 (N, C, H/f, W/f)."""
         if self.vae is None:
             return images, torch.zeros_like(images)
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         return posterior.mean.float() * self.scale, posterior.std.float() * self.scale
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Scaled latents -> images, float32, not clamped."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode scaled latents (N, C, H/f, W/f) to images, float32 (N, 3, H, W), not clamped to [-1, 1]."""
         if self.vae is None:
             return latents
         return self.vae.decode(latents.to(self.dtype) / self.scale).sample.float()
 
 
-def load_autoencoder(name, device="cpu", dtype=torch.float32):
-    """`name`: "ema" or "mse" (downloaded by diffusers when absent), a folder in diffusers' form, or "none".
+def load_autoencoder(
+    name: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Load an autoencoder.
 
-    It computes in `dtype` where its precision allows: the published two do, a folder's where its config.json has
-    `force_upcast` false; others stay float32. ValueError where it can neither be read nor be downloaded.
+    name   "ema" or "mse", which diffusers downloads once; a folder in diffusers' format; or "none", for pixels
+    dtype  type of the computation. An autoencoder that would lose precision stays float32: a folder's, unless its
+           config.json has `force_upcast` false
+
+    Raises ValueError if it can neither be read nor downloaded.
     """
     if name == "none":
         return Autoencoder()
-    from diffusers import AutoencoderKL  # slow to import; pixels do not need it
+    from diffusers import AutoencoderKL  # slow to import, and not needed for pixels
 
-    source, commit = PUBLISHED.get(name, (name, None))
+    source, commit = PUBLISHED_VAES.get(name, (name, None))
     try:
         if not commit and not Path(name).is_dir():
-            raise ValueError("there is no such folder")
+            raise ValueError("no such folder")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the hub, when it cannot be reached: said below
+            warnings.simplefilter("ignore", UserWarning)  # from the hub if it cannot be reached: in the message below
             config = AutoencoderKL.load_config(source, revision=commit)
-            allows = name in PUBLISHED or not config.get("force_upcast", True)
-            kind = dtype if allows else torch.float32
-            vae = AutoencoderKL.from_pretrained(source, revision=commit, torch_dtype=kind)
+            half_is_safe = name in PUBLISHED_VAES or not config.get("force_upcast", True)
+            dtype = dtype if half_is_safe else torch.float32
+            vae = AutoencoderKL.from_pretrained(source, revision=commit, torch_dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"The autoencoder {source} could not be loaded ({reason}), expected {', '.join(PUBLISHED)} or a folder "
-            "with config.json and weights in diffusers' form: pass such a folder as --vae."
+            f"The autoencoder {source} could not be loaded ({one_line(error)}), expected {', '.join(PUBLISHED_VAES)} or a "
+            "folder with config.json and weights in diffusers' format: pass such a folder as --vae."
         ) from None
-    scale = SD_SCALE if name in PUBLISHED else vae.config.scaling_factor
+    scale = SD_SCALE if name in PUBLISHED_VAES else vae.config.scaling_factor
     return Autoencoder(vae.to(device).eval().requires_grad_(False), scale)

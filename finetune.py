@@ -1,6 +1,7 @@
-"""Which parameters a fine-tuning method trains, and the moving average of exactly those.
+"""Fine-tuning methods: which parameters of a DiT each one trains, and the moving average (EMA) of those parameters.
 
-A method is a row of METHODS: kinds of parameters, the embedder's form, DiffFit's gammas, a learning rate.
+A method is an entry of METHODS: the kinds of parameters it trains, the form of the class table, DiffFit's factors and a
+learning rate.
 """
 
 from dataclasses import dataclass
@@ -8,14 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from runtime.private import lerp_all
+
 
 @dataclass(frozen=True)
 class Method:
-    """`trains`: kinds of parameters, see `kind_of`; `embedder`: "tiered", or "null", one null row for the superclasses'."""
+    """A fine-tuning method.
 
-    trains: frozenset
+    trains    kinds of parameters, as `kind_of` names them; "block norm" is the norms of the blocks without the last norm
+    embedder  the class table: "tiered", a row per class and superclass, or "null", a row per class and one null row
+    gammas    DiffFit's learned factors: "none", "scalar" or "vector", see `add_gammas`
+    lr        default learning rate of all parameters but the class table
+    source    the paper that describes it
+    """
+
+    trains: frozenset[str]
     embedder: str = "null"
-    gammas: str = "none"  # DiffFit's learned factors: "scalar" or "vector"
+    gammas: str = "none"
     lr: float = 1e-4
     source: str = ""
 
@@ -29,7 +39,7 @@ METHODS = {
     "difffit": Method(
         frozenset({"table", "bias", "norm", "gamma"}),
         gammas="scalar",
-        source="DiffFit as arXiv 2402.18331 counts it: two scalars a block",
+        source="DiffFit as arXiv 2402.18331 counts it: two scalars per block",
     ),
     "difffit-orig": Method(
         frozenset({"table", "bias", "block norm", "gamma"}),
@@ -40,9 +50,11 @@ METHODS = {
 }
 VECTOR_GAMMA_BLOCKS = 14  # DiffFit as published scales the first half of DiT-XL's 28 blocks
 
+# ---- selecting parameters ------------------------------------------------------------------------
 
-def kind_of(name):
-    """The kind of the parameter `name` of a DiT: fixed, table, gamma, norm, bias or matrix."""
+
+def kind_of(name: str) -> str:
+    """Return the kind of the DiT parameter `name`: "fixed", "table", "gamma", "norm", "bias" or "matrix"."""
     if name == "pos_embed":
         return "fixed"
     if name.startswith("y_embedder."):
@@ -54,30 +66,30 @@ def kind_of(name):
     return "bias" if name.endswith(".bias") else "matrix"
 
 
-def add_gammas(model, form):
-    """Give blocks DiffFit's factors, 1 at the start: parameters `gamma_*` that scale a part's output.
+def add_gammas(model: nn.Module, form: str) -> None:
+    """Add DiffFit's factors to the blocks of a DiT: parameters `gamma_*`, initially 1, that scale the output of a layer.
 
-    "scalar": one on each residual branch of every block. "vector": on qkv (3D,), proj (D,) and each branch (D,), in
-    the first VECTOR_GAMMA_BLOCKS blocks.
+    form  "scalar": one factor () on each residual branch of every block. "vector": factors on qkv (3D,), on proj (D,) and
+          on each residual branch (D,), in the first VECTOR_GAMMA_BLOCKS blocks. "none": no factors
     """
     if form == "none":
         return
     blocks = model.blocks if form == "scalar" else model.blocks[:VECTOR_GAMMA_BLOCKS]
     for block in blocks:
-        parts = {"attn": block.attn, "mlp": block.mlp}
+        layers = {"attn": block.attn, "mlp": block.mlp}
         if form == "vector":
-            parts |= {"qkv": block.attn.qkv, "proj": block.attn.proj}
+            layers |= {"qkv": block.attn.qkv, "proj": block.attn.proj}
         width = block.attn.proj.out_features
-        for name, part in parts.items():
+        for name, layer in layers.items():
             shape = () if form == "scalar" else (3 * width,) if name == "qkv" else (width,)
             device = block.attn.proj.weight.device
             gamma = nn.Parameter(torch.ones(shape, device=device))
             block.register_parameter(f"gamma_{name}", gamma)
-            part.register_forward_hook(lambda _, __, out, gamma=gamma: out * gamma)
+            layer.register_forward_hook(lambda _, __, out, gamma=gamma: out * gamma)
 
 
-def select(model, method):
-    """Leave `requires_grad` on exactly the parameters that `method` (a `Method`) trains; {name: parameter} of them."""
+def select(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
+    """Set `requires_grad` to True on exactly the parameters that the method trains; return these by name."""
     chosen = {}
     for name, parameter in model.named_parameters():
         kind = kind_of(name)
@@ -92,18 +104,28 @@ def select(model, method):
     return chosen
 
 
-def store_frozen(model, dtype):
-    """Keep the frozen weight matrices in `dtype`, the compute type: autocast would cast float32 ones in every forward.
+# ---- training them -------------------------------------------------------------------------------
 
-    Everything that is trained stays float32, and so do norms and the position embedding.
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the frozen weight matrices to `dtype`, the one of the computation, in place.
+
+    Autocast would convert float32 matrices in every forward pass. Trained parameters, norms and the position embedding
+    stay float32.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and kind_of(name) == "matrix":
             parameter.data = parameter.data.to(dtype)
 
 
-def adamw(parameters, lr, table_lr):
-    """AdamW over {name: parameter} with weight decay 0, the class table in a group of its own. "base_lr": before a schedule."""
+def adamw(parameters: dict[str, nn.Parameter], lr: float, table_lr: float) -> torch.optim.AdamW:
+    """Return AdamW without weight decay over parameters by name: a group for the class table, after one for the others.
+
+    lr        learning rate of all parameters but the table
+    table_lr  learning rate of the table
+
+    Each group keeps its learning rate before any schedule as "base_lr".
+    """
     table = [p for name, p in parameters.items() if kind_of(name) == "table"]
     others = [p for name, p in parameters.items() if kind_of(name) != "table"]
     groups = [{"params": others, "base_lr": lr}, {"params": table, "base_lr": table_lr}]
@@ -111,28 +133,35 @@ def adamw(parameters, lr, table_lr):
 
 
 class EMA:
-    """Moving average of `parameters` ({name: tensor}), float32: average <- decay * average + (1 - decay) * now.
+    """Exponential moving average of parameters, in float32: average <- decay * average + (1 - decay) * parameter.
 
-    `warmup`: the decay of step k (from 0) is at most (1 + k) / (10 + k), so that a short run is not averaged with its start.
+    parameters  {name: parameter} to average
+    decay       in 0..1
+    warmup      limit the decay of step k, from 0, to (1 + k) / (10 + k), so that the average of a short run forgets the
+                initial parameters
+
+    `average` is {name: float32 tensor}.
     """
 
-    def __init__(self, parameters, decay, warmup=False):
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, warmup: bool = False):
         self.decay = decay
         self.warmup = warmup
         self.parameters = parameters
         self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
-    def decay_at(self, step):
+    def decay_at(self, step: int) -> float:
+        """Return the decay of a step, counted from 0."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self, step):
+    def update(self, step: int) -> None:
+        """Move the average towards the present parameters, after step `step`, counted from 0."""
         now = [p.float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay_at(step))
+        lerp_all(list(self.average.values()), now, 1 - self.decay_at(step))
 
     @torch.no_grad()
-    def swap(self):
-        """Exchange the model's values and the averages: once to sample from the average, again to go on training."""
+    def swap(self) -> None:
+        """Exchange the model's parameters and the average: once to sample from the average, again to resume training."""
         for name, p in self.parameters.items():
             now = p.detach().clone()
             p.copy_(self.average[name])

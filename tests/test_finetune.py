@@ -1,11 +1,11 @@
-"""What each method trains: counts, names, and what an optimizer step really changes; DiffFit's gammas; the average."""
+"""Fine-tuning methods: trained parameters and the effect of a step; DiffFit's gammas; the moving average."""
 
 import copy
 import json
 
 import pytest
 import torch
-from helpers.tiny_models import GOLDEN, awake, tiny_dit
+from helpers.tiny_models import GOLDEN, awake, described, tiny_dit
 from torch.testing import assert_close
 
 from checkpoint.loading import TABLE, build_model
@@ -17,20 +17,14 @@ SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 
 
 def meta_xl(method, hierarchy="inat2021", latent_size=32):
-    description = {
-        "model": "DiT-XL/2",
-        "latent_size": latent_size,
-        "channels": 4,
-        "hierarchy": Hierarchy.load(hierarchy),
-        "method": method,
-        "embedder": METHODS[method].embedder,
-    }
+    sizes = dict(model="DiT-XL/2", latent_size=latent_size, channels=4)
+    description = described(Hierarchy.load(hierarchy), method, **sizes)
     with torch.device("meta"):
         return build_model(description, counts_only=True)
 
 
 def method_model(method, seed=0):
-    """A tiny DiT of that method, awake, and what the method trains."""
+    """Return a tiny DiT as the method needs it, without zeros in its parameters, and the parameters that it trains."""
     torch.manual_seed(seed)
     null = METHODS[method].embedder == "null"
     model = tiny_dit(num_super_classes=1, parents=None) if null else tiny_dit()
@@ -38,11 +32,11 @@ def method_model(method, seed=0):
     return awake(model, seed), select(model, METHODS[method])
 
 
-def numbers(parameters):
+def count(parameters):
     return sum(p.numel() for p in parameters.values())
 
 
-# ---- DiT-XL/2 ---------------------------------------------------------------------------------------------------------
+# ---- DiT-XL/2 ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,26 +50,26 @@ def numbers(parameters):
         ("difffit-orig", 12_010_784 + 28 * 4 * 1152 + 14 * 6 * 1152, None),
     ],
 )
-def test_trained_numbers_on_inaturalist(method, trained, total):
+def test_trained_parameters_on_inaturalist(method, trained, total):
     model = meta_xl(method)
     chosen = select(model, METHODS[method])
-    assert numbers(chosen) == trained
-    assert numbers({name: p for name, p in model.named_parameters() if p.requires_grad}) == trained
-    assert total in (None, numbers(dict(model.named_parameters())))
+    assert count(chosen) == trained
+    assert count({name: p for name, p in model.named_parameters() if p.requires_grad}) == trained
+    assert total in (None, count(dict(model.named_parameters())))
     assert chosen[TABLE].shape == ((10011 if METHODS[method].embedder == "tiered" else 10001), 1152)
 
 
-def test_trained_numbers_on_vegfru():
-    assert numbers(select(meta_xl("finediffusion", "vegfru"), METHODS["finediffusion"])) == 986_144
+def test_trained_parameters_on_vegfru():
+    assert count(select(meta_xl("finediffusion", "vegfru"), METHODS["finediffusion"])) == 986_144
 
 
 @pytest.mark.parametrize("name, latent_size", [("DiT-XL/2", 32), ("DiT-XL/2-512", 64)])
-def test_finediffusion_trains_what_the_official_code_trains(name, latent_size):
+def test_finediffusion_trains_the_official_parameters(name, latent_size):
     chosen = select(meta_xl("finediffusion", latent_size=latent_size), METHODS["finediffusion"])
-    assert sorted(chosen) == sorted(SHAPES[name]["trainable"]) and numbers(chosen) == SHAPES[name]["trainable_count"]
+    assert sorted(chosen) == sorted(SHAPES[name]["trainable"]) and count(chosen) == SHAPES[name]["trainable_count"]
 
 
-def test_gammas_of_xl():
+def test_gammas_of_dit_xl():
     scalar, vector = (
         {n: tuple(p.shape) for n, p in meta_xl(method).named_parameters() if kind_of(n) == "gamma"}
         for method in ("difffit", "difffit-orig")
@@ -85,11 +79,11 @@ def test_gammas_of_xl():
     assert vector == {f"blocks.{i}.gamma_{part}": (width,) for i in range(14) for part, width in widths.items()}
 
 
-# ---- what changes -----------------------------------------------------------------------------------------------------
+# ---- effect of a step ----------------------------------------------------------------------------
 
 
 def train_step(model, labels):
-    """One step of AdamW on every parameter that has a gradient, as the flags alone decide."""
+    """Make one AdamW step on every parameter that gets a gradient: `requires_grad` alone decides which."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     generator = torch.Generator().manual_seed(5)
     x, noise = torch.randn(2, len(labels), 4, 8, 8, generator=generator)
@@ -100,7 +94,7 @@ def train_step(model, labels):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_changes_exactly_what_the_method_trains(method):
+def test_a_step_changes_exactly_the_trained_parameters(method):
     model, chosen = method_model(method)
     before = copy.deepcopy(model.state_dict())
     train_step(model, torch.arange(model.y_embedder.embedding_table.num_embeddings))  # every row
@@ -109,7 +103,7 @@ def test_a_step_changes_exactly_what_the_method_trains(method):
     assert (model.state_dict()[TABLE] != before[TABLE]).any(1).all()
 
 
-def test_rows_that_no_image_has_stay():
+def test_table_rows_without_images_stay():
     model, _ = method_model("finediffusion")
     before = model.state_dict()[TABLE].clone()
     train_step(model, torch.tensor([1, 1, 3, 6]))
@@ -118,7 +112,7 @@ def test_rows_that_no_image_has_stay():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_selecting_again_forgets_the_first_selection(method):
+def test_a_new_selection_replaces_the_old_one(method):
     model, chosen = method_model(method)
     select(model, METHODS["bitfit"])
     again = select(model, METHODS[method])
@@ -126,12 +120,12 @@ def test_selecting_again_forgets_the_first_selection(method):
     assert all(again[name] is p for name, p in model.named_parameters() if name in again)
 
 
-def test_a_method_that_finds_nothing_is_a_mistake():
+def test_a_method_without_matching_parameters_is_refused():
     with pytest.raises(AssertionError, match="gamma"):
         select(tiny_dit(), METHODS["difffit"])
 
 
-# ---- DiffFit's gammas -------------------------------------------------------------------------------------------------
+# ---- DiffFit's gammas ----------------------------------------------------------------------------
 
 
 def forward(model):
@@ -156,8 +150,8 @@ def scale_(linear, gamma):
 
 @pytest.mark.parametrize("form", ["scalar", "vector"])
 @torch.no_grad()
-def test_gammas_scale_what_a_part_puts_out(form):
-    """A gamma on a linear layer's output, or on a branch that ends in one, is a factor of its weight and bias."""
+def test_gammas_scale_the_output_of_their_layer(form):
+    """Fold each gamma into the linear layer whose output it scales: weight and bias are multiplied by it."""
     folded, model = awake(tiny_dit()), awake(tiny_dit())
     folded.load_state_dict(model.state_dict())
     plain = forward(model)
@@ -174,7 +168,7 @@ def test_gammas_scale_what_a_part_puts_out(form):
     assert (out - plain).abs().max() > 1e-2
 
 
-# ---- the average ------------------------------------------------------------------------------------------------------
+# ---- the moving average --------------------------------------------------------------------------
 
 
 def test_the_average_follows_its_formula():
@@ -191,7 +185,7 @@ def test_the_average_follows_its_formula():
 
 
 @pytest.mark.parametrize("decay, follows", [(0.0, True), (1.0, False)])
-def test_averages_at_the_ends(decay, follows):
+def test_decays_of_0_and_1(decay, follows):
     model, chosen = method_model("bitfit")
     ema, first = EMA(chosen, decay), {name: p.detach().clone() for name, p in chosen.items()}
     awake(model, seed=1)
@@ -199,23 +193,23 @@ def test_averages_at_the_ends(decay, follows):
     assert all(ema.average[name].equal(p if follows else first[name]) for name, p in chosen.items())
 
 
-def test_warmup_begins_with_the_parameters_and_ends_with_the_decay():
+def test_warmup_raises_the_decay_to_its_limit():
     _, chosen = method_model("bitfit")
     warm, cold = EMA(chosen, 0.9999, warmup=True), EMA(chosen, 0.9999)
     assert [warm.decay_at(k) for k in (0, 1, 90)] == [0.1, 2 / 11, 0.91] and warm.decay_at(10**6) == 0.9999
     assert cold.decay_at(0) == 0.9999
 
 
-def test_frozen_matrices_alone_are_stored_in_the_compute_type():
+def test_only_frozen_matrices_are_stored_in_half_precision():
     model, chosen = method_model("finediffusion")
     store_frozen(model, torch.bfloat16)
     kinds = {name: (kind_of(name), p.dtype) for name, p in model.named_parameters()}
     assert {kind for kind, dtype in kinds.values() if dtype == torch.bfloat16} == {"matrix"}
     assert all(dtype == torch.float32 for kind, dtype in kinds.values() if kind != "matrix")
     assert all(p.dtype == torch.float32 for p in chosen.values())
-    whole, _ = method_model("full")
-    store_frozen(whole, torch.bfloat16)
-    assert {p.dtype for p in whole.parameters()} == {torch.float32}  # all that it would store is trained
+    full, _ = method_model("full")
+    store_frozen(full, torch.bfloat16)
+    assert {p.dtype for p in full.parameters()} == {torch.float32}  # full fine-tuning trains all matrices
 
 
 def test_swapping_twice_is_the_identity():
