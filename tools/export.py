@@ -54,7 +54,7 @@ EXAMPLES = """
 """
 
 
-# ---- folding, computed in float64 ------------------------------------------------------------------
+# ---- folding, computed in float64 ----------------------------------------------------------------
 
 
 def fold_gammas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def fold_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# ---- DiT and FineDiffusion -------------------------------------------------------------------------
+# ---- DiT and FineDiffusion -----------------------------------------------------------------------
 
 
 def superclass_names(description: ModelDescription) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ def write_finediffusion(path: Path, tensors: dict[str, torch.Tensor], descriptio
     atomic_write(path, lambda part: torch.save(record, part))
 
 
-# ---- diffusers -------------------------------------------------------------------------------------
+# ---- diffusers -----------------------------------------------------------------------------------
 
 
 def write_diffusers(
@@ -267,7 +267,7 @@ def push(folder: Path, repo: str, private: bool):
         ) from None
 
 
-# ---- the command -----------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def check_settings(args: argparse.Namespace):
@@ -312,7 +312,7 @@ def export(args: argparse.Namespace):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
-    add_model_options(parser.add_argument)
+    add_model_options(parser)
     add = parser.add_argument_group("export").add_argument
     add("--format", required=True, choices=list(FORMATS), help="form of the exported weights")
     add("--out", required=True, help="folder (diffusers) or file to write; it must not exist")

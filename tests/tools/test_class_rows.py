@@ -63,15 +63,15 @@ def test_summary_has_the_purity_of_chance():
 
 
 def test_the_table_of_an_adapter_and_of_a_checkpoint(adapter, official, images, base, tmp_path):
-    rows, tops, hierarchy = class_rows.table_of(adapter)
+    rows, tops, hierarchy = class_rows.read_class_table(adapter)
     table = read_weights(adapter)[0][TABLE]
     assert rows.equal(table[:5]) and tops.equal(table[5:]) and hierarchy.classes == tuple(NAMES)
-    rows, tops, _ = class_rows.table_of(official, images)
+    rows, tops, _ = class_rows.read_class_table(official, images)
     assert rows.shape[0] == 5 and tops.shape[0] == 2
-    with refusal("does not know the superclasses", "pass --hierarchy"):
-        class_rows.table_of(official)
+    with refusal("does not contain the superclasses", "pass --hierarchy"):
+        class_rows.read_class_table(official)
     with refusal("a class table of 10 rows, expected one for"):
-        class_rows.table_of(base, images)
+        class_rows.read_class_table(base, images)
 
 
 def test_tsne_of_scikit_learn():

@@ -35,7 +35,7 @@ def run(command):
     return run
 
 
-# ---- DiT -------------------------------------------------------------------------------------------
+# ---- DiT -----------------------------------------------------------------------------------------
 
 
 def plain_dit(w, x, t, y, heads):
@@ -107,7 +107,7 @@ def test_dit_export_computes_the_same(suffix, superclass, row, run, adapter, tmp
     assert relative(plain.eval()(x, t, y.clamp(max=5)), expected) < 1e-5
 
 
-# ---- FineDiffusion ---------------------------------------------------------------------------------
+# ---- FineDiffusion -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_finediffusion_export_computes_the_same(run, adapter, tmp_path):
     assert again.eval()(x, t, y).equal(model(x, t, y))
 
 
-# ---- model card and Hub ----------------------------------------------------------------------------
+# ---- model card and Hub --------------------------------------------------------------------------
 
 
 def test_model_card_names_the_licence_of_the_base(adapter):
@@ -164,7 +164,7 @@ def test_push_without_network(command, adapter, tmp_path):
     assert (out / "README.md").is_file()
 
 
-# ---- the command -----------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""The figures of the paper: what is drawn, what the numbers are, and that the same input gives the same bytes."""
+"""The figures of the paper: their contents, their style, and the same bytes from the same input."""
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -10,20 +9,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from helpers.evaluated_runs import EvaluatedRuns, change
 from helpers.tiny_files import CLASSES, tree, write_adapter
-from helpers.tiny_models import described, refusal
+from helpers.tiny_models import refusal
 from PIL import Image
 
 import sample
-from checkpoint.description import ADAPTER
-from checkpoint.format import read_weights, save_safetensors
-from checkpoint.loading import TABLE, build_model
-from finetune import METHODS, select
+from checkpoint.format import read_weights
+from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
-from runtime.files import sha256
 from sampling.grid import caption
-from tools.figures import __main__ as figures
-from tools.figures import class_rows, gallery, plots, scores
+from tools.figures import class_rows, gallery, plots
+from tools.figures.__main__ import main
 
 NAMES = [name for names in CLASSES.values() for name in names]
 FAST = "--sampler", "ddim", "--num-sampling-steps", "2"
@@ -31,12 +28,12 @@ FAST = "--sampler", "ddim", "--num-sampling-steps", "2"
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 40)  # to be quick
+    monkeypatch.setattr(plots, "DPI", 40)  # fast
 
 
 @pytest.fixture
 def draw(command, tmp_path, monkeypatch):
-    """draw(kind, *flags) -> what the drawing function was called with; the figure is whole."""
+    """draw(kind, *flags) -> the arguments of the drawing function, after checking that the files are complete."""
     calls = []
 
     def spied(function):
@@ -52,7 +49,7 @@ def draw(command, tmp_path, monkeypatch):
     def draw(kind, *flags):
         calls.clear()
         out = tmp_path / "out" / kind
-        result = command(figures.main, kind, "--out", out, *flags)
+        result = command(main, kind, "--out", out, *flags)
         assert result.code == 0, result.err
         assert result.out.endswith(f"{out}.png {out}.pdf\n")
         with Image.open(f"{out}.png") as image:
@@ -64,16 +61,16 @@ def draw(command, tmp_path, monkeypatch):
 
 
 def far(a, b):
-    """Mean difference of two images, 0..255."""
+    """Return the mean absolute difference of two images, 0..255."""
     return np.abs(np.asarray(a).astype(float) - b).mean()
 
 
-# ---- the class table -----------------------------------------------------------------------------
+# ---- class table ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def plane(monkeypatch):
-    """In place of t-SNE: the first two numbers of each row, and how many rows there were."""
+    """Replace t-SNE by the first two columns, and record its arguments."""
     seen = []
 
     def stand_in(rows, perplexity, seed):
@@ -104,7 +101,7 @@ def test_tsne_shows_classes_superclass_rows_and_means(draw, adapter, plane, tmp_
 
 @pytest.fixture
 def species(tmp_path, base):
-    """An adapter of four species with iNaturalist's names."""
+    """Write an adapter of four species with iNaturalist names."""
     names = [
         "00000_Animalia_Chordata_Aves_Passeriformes_Corvidae_Pica_pica",
         "00001_Animalia_Chordata_Aves_Passeriformes_Corvidae_Corvus_corax",
@@ -114,14 +111,14 @@ def species(tmp_path, base):
     return write_adapter(tmp_path / "species.safetensors", base, Hierarchy.from_class_names(names))
 
 
-def test_grid_has_a_row_for_each_superclass_of_the_pictures_of_sample(draw, command, adapter, tmp_path):
+def test_grid_has_a_row_per_superclass_with_the_images_of_sample_py(draw, command, adapter, tmp_path):
     (rows, captions, titles), _ = draw("grid", "--ckpt", adapter, *FAST, "--batch-size", 3)
     assert titles == ["cats", "dogs"] and captions == [["lynx", "manx"], ["beagle", "pug", "pug dog"]]
     folder = tmp_path / "samples"
     assert command(sample.main, "--ckpt", adapter, *FAST, "--classes", "all", "--sample-dir", folder).code == 0
     pictures = [np.asarray(Image.open(folder / name / "000000.png")) for name in NAMES]
     for image, picture in zip([image for row in rows for image in row], pictures):
-        assert image.shape == (8, 8, 3) and far(image, picture) < 0.5  # of rounding, in another batch
+        assert image.shape == (8, 8, 3) and far(image, picture) < 0.5  # rounding differs in another batch
     assert far(pictures[0], pictures[1]) > 10
 
     (rows, captions, _), _ = draw("grid", "--ckpt", adapter, *FAST, "--columns", 2)
@@ -134,7 +131,7 @@ def test_grid_of_a_folder_of_images(draw, images, tmp_path):
     (rows, captions, titles), _ = draw("grid", "--images", images, "--columns", 2)
     assert captions == [["lynx", "manx"], ["beagle", "pug dog"]] and titles == ["cats", "dogs"]
     assert far(rows[1][1], np.asarray(Image.open(images / "dogs/pug_dog/0.png"))) == 0
-    # what sampling writes has no superclasses: they come from elsewhere
+    # a folder of samples has no superclasses: --hierarchy provides them
     for name in ("lynx", "pug"):
         (tmp_path / "samples" / name).mkdir(parents=True)
         Image.open(images / f"{'cats' if name == 'lynx' else 'dogs'}/{name}/1.png").save(
@@ -170,11 +167,11 @@ def test_compare_puts_real_images_first_and_uses_the_same_noise(draw, adapter, b
     monkeypatch.setattr(gallery, "sample_keyed", spy)
     draw("compare", "--adapters", f"A={adapter}", f"T={turned}", *flags)
     keys = [(0, NAMES.index(name), 0) for name in ("pug", "lynx")]
-    assert seen == [([3, 0], keys), ([2, 1], keys)]  # the labels are each adapter's, the noise is one
+    assert seen == [([3, 0], keys), ([2, 1], keys)]  # each adapter has its own labels; the noise is the same
 
 
 class TinyTextToImage(diffusers.DiffusionPipeline):
-    """With the call of diffusers' text-to-image pipelines; the prompt decides the image's colour."""
+    """A pipeline with the arguments of diffusers' text-to-image pipelines; the prompt sets the colour."""
 
     prompts = []
 
@@ -195,23 +192,23 @@ class TinyTextToImage(diffusers.DiffusionPipeline):
 
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
-    """A folder as diffusers writes them."""
+    """Save a TinyTextToImage as a diffusers folder."""
     monkeypatch.setattr(diffusers, "TinyTextToImage", TinyTextToImage, raising=False)
     monkeypatch.setattr(TinyTextToImage, "prompts", [])
     torch.manual_seed(0)
     blocks = dict(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     unet = UNet2DModel(sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, **blocks)
-    TinyTextToImage(unet, DDPMScheduler()).save_pretrained(tmp_path / "tiny-painter")
-    return tmp_path / "tiny-painter"
+    TinyTextToImage(unet, DDPMScheduler()).save_pretrained(tmp_path / "tiny-pipeline")
+    return tmp_path / "tiny-pipeline"
 
 
-def test_text_to_image_asks_for_a_photo_of_the_species(draw, pipeline, species):
+def test_text_to_image_prompts_for_a_photo_of_the_species(draw, pipeline, species):
     flags = "--ckpt", species, "--pipeline", pipeline, "--classes", "Bubo bubo", "Poa annua", *FAST
     (rows,), options = draw("text-to-image", *flags, "--pipeline-steps", 2)
     assert TinyTextToImage.prompts == [("a photo of Bubo bubo", 2), ("a photo of Poa annua", 2)]
-    titles = {"row_titles": ["Bubo bubo", "Poa annua"], "column_titles": ["tiny-painter", "FineDiffusion"]}
+    titles = {"row_titles": ["Bubo bubo", "Poa annua"], "column_titles": ["tiny-pipeline", "FineDiffusion"]}
     assert options == titles and rows[0][0].shape == (16, 16, 3) and rows[0][1].shape == (8, 8, 3)
-    assert far(rows[0][0], rows[1][0]) == 0  # prompts of one length: the same noise
+    assert far(rows[0][0], rows[1][0]) == 0  # prompts of equal length and the same noise
     (again,), _ = draw("text-to-image", *flags, "--pipeline-steps", 2, "--seed", 1)
     assert far(again[0][0], rows[0][0]) > 1 and far(again[0][1], rows[0][1]) > 1
 
@@ -219,108 +216,24 @@ def test_text_to_image_asks_for_a_photo_of_the_species(draw, pipeline, species):
 def test_text_to_image_with_real_images(draw, pipeline, adapter, images):
     flags = "--ckpt", adapter, "--pipeline", pipeline, "--real", images, "--title", "Ours", *FAST
     (rows,), options = draw("text-to-image", *flags)
-    assert options["column_titles"] == ["Real", "tiny-painter", "Ours"] and len(rows) == 5
-    assert TinyTextToImage.prompts[3:] == [("a photo of pug", 3), ("a photo of pug dog", 3)]  # its own steps
+    assert options["column_titles"] == ["Real", "tiny-pipeline", "Ours"] and len(rows) == 5
+    assert TinyTextToImage.prompts[3:] == [
+        ("a photo of pug", 3),
+        ("a photo of pug dog", 3),
+    ]  # the pipeline's default steps
     assert far(rows[0][0], np.asarray(Image.open(images / "cats/lynx/0.png"))) == 0
 
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-SETTINGS = {
-    "global_seed": 0,
-    "num_fid_samples": 100,
-    "sampler": "ddpm",
-    "num_sampling_steps": 250,
-    "guidance": "superclass",
-}
-SETTINGS |= {"cfg_scale": 4.0, "labels": "balanced", "hierarchy": "h", "image_size": 8}
-
 
 @pytest.fixture
 def runs(tmp_path):
-    """write(name, method, {step: FID}, ...) -> a run's folder; its metrics.json files are in runs.files[name]."""
-
-    def write(name, method="finediffusion", fids=None, speed=2.0, hierarchy=None, settings=(), overall=(), **changes):
-        hierarchy, folder = hierarchy or Hierarchy(["a", "b", "c"], ["x", "y"], [0, 1, 1]), tmp_path / "results" / name
-        folder.mkdir(parents=True)
-        rows, files[name] = [], []
-        for step, fid in (fids or {100: 20.0, 200: 10.0}).items():
-            description = replace(described(hierarchy, method, step=step, format=ADAPTER), **changes)
-            adapter, file = (
-                folder / f"adapters/{step:07d}.safetensors",
-                tmp_path / f"evaluation/{name}-{step}/metrics.json",
-            )
-            tensors = {"x": torch.tensor([float(step), float(len(files))])}
-            save_safetensors(adapter, tensors, description)
-            sampling = SETTINGS | {"ckpt_sha256": sha256(adapter)} | dict(settings)
-            superclasses = {each: {"fid": fid + 1 + i} for i, each in enumerate(hierarchy.superclasses)}
-            report = {
-                "overall": {"fid": fid, "kid": fid / 1000, "lpips": 0.5, "features": {"dino": {"fd": 3.0}}}
-                | dict(overall),
-                "superclasses": superclasses,
-                "comparable": True,
-                "not_comparable": [],
-                "real": {"n": 90},
-                "fake": {"n": 100},
-                "choices": {"networks": [{"name": "inception"}]},
-                "sampling": sampling,
-            }
-            file.parent.mkdir(parents=True)
-            file.write_text(json.dumps(report))
-            files[name].append(file)
-            rows += [{"step": step - 50, "steps_per_s": speed, "images_per_s": 64 * speed}]
-            rows += [{"step": step, "steps_per_s": speed / 2, "images_per_s": 32 * speed}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return f"{name}={folder}"
-
-    files = {}
-    write.files = files
-    return write
-
-
-def change(path, **changes):
-    """Change the top keys of a JSON file, or with a dict those below."""
-    record = json.loads(path.read_text())
-    for key, value in changes.items():
-        record[key] = record[key] | value if isinstance(value, dict) else value
-    path.write_text(json.dumps(record))
-
-
-def test_an_evaluation_finds_its_run_step_and_price(runs):
-    entries = runs("ours"), runs("bits", "bitfit", {300: 12.0})
-    files = runs.files["bits"] + runs.files["ours"][::-1]
-    found = scores.match(figures.named(entries, "--runs"), files)
-    assert [(score.run, score.step, score.figure("fid")) for score in found] == [
-        ("ours", 100, 20.0),
-        ("ours", 200, 10.0),
-        ("bits", 300, 12.0),
-    ]
-    assert found[0].figure("features.dino.fd") == 3.0
-    # DiT-Ti/2: norms alone make FineDiffusion's trained parameters more than BitFit's, but for the table's rows (5, 4)
-    model = build_model(found[0].description)
-    trained = sum(p.numel() for p in select(model, METHODS["finediffusion"]).values())
-    assert found[0].figure("trained_params") == trained > found[2].figure("trained_params")
-    # 50 steps at 2 a second, 50 at 1, and so on
-    assert found[0].figure("hours") == pytest.approx(75 / 3600) and found[1].figure("hours") == pytest.approx(
-        150 / 3600
-    )
-    assert found[1].figure("images_per_s") == pytest.approx(200 * 64 / 150)
-    with refusal("has no figure 'lpsi'", "hours, images_per_s, kid, lpips", "choose another"):
-        found[0].figure("lpsi")
-
-
-def test_time_is_cut_at_the_step_and_unknown_beyond_the_log(tmp_path):
-    rows = [
-        {"step": 10, "steps_per_s": 1.0, "images_per_s": 8.0},
-        {"step": 20, "steps_per_s": 0.5, "images_per_s": 4.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert scores.pace(tmp_path, 15) == {"hours": pytest.approx(20 / 3600), "images_per_s": pytest.approx(6.0)}
-    assert scores.pace(tmp_path, 21) == {} and scores.pace(tmp_path / "none", 1) == {}
+    return EvaluatedRuns(tmp_path)
 
 
 def test_tradeoff_and_convergence(draw, runs, tmp_path):
-    entries = runs("ours"), runs("bits", "bitfit", {100: 30.0, 200: 12.0}, speed=4.0)
+    entries = runs.write("ours"), runs.write("bits", "bitfit", {100: 30.0, 200: 12.0}, speed=4.0)
     files = [file for several in runs.files.values() for file in several]
     (counts, times, label, stamp), _ = draw("tradeoff", "--runs", *entries, "--metrics", *files)
     assert label == "FID (lower is better)" and stamp == "" and list(counts) == ["ours", "bits"]
@@ -337,69 +250,35 @@ def test_tradeoff_and_convergence(draw, runs, tmp_path):
     assert list(times) == ["bits"] and list(counts) == ["ours", "bits"] and "not comparable" in stamp
 
 
-def test_tables_have_the_papers_figures_beside_ours(command, runs, tmp_path):
-    inat = Hierarchy.load("inat2021")
-    shape = {"hierarchy": inat, "model": "DiT-XL/2", "image_size": 256, "latent_size": 32, "channels": 4}
-    entries = runs("ours", fids={9: 11.25}, speed=3.0, **shape), runs("full", "full", {9: 12.5}, **shape)
-    files = runs.files["ours"] + runs.files["full"]
-    change(files[1], comparable=False, not_comparable=["random weights"])
-    result = command(figures.main, "tables", "--runs", *entries, "--metrics", *files, "--out", tmp_path / "t.md")
-    assert result.code == 0, result.err
-    text = (tmp_path / "t.md").read_text()
-    assert result.out == text + "\n" and [text.count(f"### Table {n}:") for n in range(1, 6)] == [1, 1, 1, 1, 0]
-    lines = text.splitlines()
-    assert "| FID | Full, paper | Full, ours | BitFit, paper | BitFit, ours | DiffFit, paper | DiffFit, ours | " in text
-    assert "| Plants | – | 13.500 | – | – | – | – | – | 12.250 |" in lines
-    assert "| Animalia | – | 23.500 | – | – | – | – | – | 22.250 |" in lines
-    assert "| overall | ≈10.66 | 12.500 | ≈10.59 | – | ≈10.79 | – | 9.776 | 11.250 |" in lines
-    assert (
-        "| FineDiffusion | 12.382 | – | 0.667 | – |" in lines and "| FineDiffusion | 9.490 | – | 0.723 | – |" in lines
-    )
-    assert "| Full | 685.20 | 685.20 | 100.00 | 99.94 | 1.00 | 1.00 |" in lines
-    assert "| FineDiffusion | 12.15 | 12.15 | 1.77 | 1.77 | 1.56 | 1.50 |" in lines
-    assert "step 9, 100 against 90 images, superclass guidance 4.0, 250 ddpm steps" in text
-    assert text.count("NOT COMPARABLE: random weights") == 2  # Tables 1 and 4
-
-
-def test_the_paper_file_speaks_of_what_there_is():
-    paper = json.loads(figures.PAPER.read_text())
-    assert paper["methods"].keys() < METHODS.keys()
-    for table in paper["tables"]:
-        assert Hierarchy.load(table["hierarchy"]).num_super_classes in (11, 25)
-        assert table["paper"].keys() <= paper["methods"].keys()
-        for row in table["paper"].values():
-            assert row.keys() <= set(table["columns"]) <= scores.FORMATS.keys()
-
-
-# ---- the look ------------------------------------------------------------------------------------
+# ---- style ---------------------------------------------------------------------------------------
 
 
 def test_the_same_input_gives_the_same_bytes_and_no_date(adapter, command, tmp_path):
     for out in ("a", "b"):
-        assert command(figures.main, "grid", "--ckpt", adapter, *FAST, "--out", tmp_path / out).code == 0
+        assert command(main, "grid", "--ckpt", adapter, *FAST, "--out", tmp_path / out).code == 0
     a, b = (((tmp_path / f"{out}.{form}").read_bytes() for form in ("png", "pdf")) for out in "ab")
     for first, second in zip(a, b):
         assert first == second and b"Date" not in first
-    assert b"DejaVuSans" in (tmp_path / "a.pdf").read_bytes()  # text is text
+    assert b"DejaVuSans" in (tmp_path / "a.pdf").read_bytes()  # text stays text
 
 
-def test_groups_differ_in_the_colour_and_the_marker():
-    looks = [plots.look(i) for i in range(25)]
+def test_groups_differ_in_colour_and_marker():
+    looks = [plots.group_style(i) for i in range(25)]
     assert len({(tuple(look["color"]), look["marker"]) for look in looks}) == 25
     assert len({tuple(look["color"]) for look in looks[:24]}) == 24
     assert all(0 <= c <= 1 for look in looks for c in look["color"])
 
 
-def test_a_caption_is_broken_between_words_and_cut_to_its_width():
-    font = plots.font_of(6)
-    lines = plots.wrapped("Leptoglossus occidentalis", font, 0.8).split("\n")
+def test_a_caption_breaks_between_words_and_is_cut_to_its_width():
+    font = plots.Font(6)
+    lines = plots.wrap_caption("Leptoglossus occidentalis", font, 0.8).split("\n")
     assert lines == ["Leptoglossus", "occidentalis"]
-    assert plots.wrapped("Pica pica", font, 0.8) == "Pica pica"
-    lines = plots.wrapped("a word and very many other words that are too long", font, 0.8).split("\n")
+    assert plots.wrap_caption("Pica pica", font, 0.8) == "Pica pica"
+    lines = plots.wrap_caption("a word and very many other words that are too long", font, 0.8).split("\n")
     assert len(lines) == 2 and lines[1].endswith("…") and all(font.getlength(line) <= 0.8 for line in lines)
 
 
-def test_a_mosaic_is_no_wider_than_a_page_and_its_images_no_wider_than_an_inch_or_so():
+def test_a_mosaic_fits_a_page_and_its_images_have_a_maximum_width():
     image = np.zeros((4, 4, 3), np.uint8)
     assert plots.mosaic([[image] * 12] * 2).get_size_inches()[0] == pytest.approx(plots.PAGE)
     small = plots.mosaic([[image, None], [image]], captions=[["x", ""], ["y"]], row_titles=["a", "b"])
@@ -408,13 +287,13 @@ def test_a_mosaic_is_no_wider_than_a_page_and_its_images_no_wider_than_an_inch_o
     assert len(shown) == 2 and all(right - left == pytest.approx(plots.WIDEST) for left, right, _, _ in shown)
 
 
-# ---- bad input -----------------------------------------------------------------------------------
+# ---- invalid input -------------------------------------------------------------------------------
 
 
 def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
-    """(what the sentence says, flags)"""
-    ours, bits = runs("ours"), runs("bits", "bitfit", {100: 30.0}, settings={"global_seed": 1})
-    wide = runs("wide", fids={9: 1.0}, image_size=64)
+    """Return (pattern of the message, flags) of invalid calls."""
+    ours, bits = runs.write("ours"), runs.write("bits", "bitfit", {100: 30.0}, settings={"global_seed": 1})
+    wide = runs.write("wide", fids={9: 1.0}, image_size=64)
     files, bit, other = runs.files["ours"], runs.files["bits"][0], runs.files["wide"][0]
     loose, foreign, broken = (tmp_path / f"{name}.json" for name in ("loose", "foreign", "broken"))
     for path in (loose, foreign):
@@ -451,16 +330,16 @@ def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
         ("No class of .* is called", (*compare, f"A={adapter}", f"B={species}")),
         ("has no image of 'manx'", ("compare", "--real", single.parents[1], "--adapters", f"A={adapter}", *FAST)),
         ("too small for 10 neighbours", ("tsne", "--ckpt", adapter)),
-        ("does not say which adapter", ("tradeoff", *run, loose)),
+        ("does not record which adapter", ("tradeoff", *run, loose)),
         ("SHA-256 ffffffffffff", ("tradeoff", *run, foreign)),
         ("it has no 'overall'", ("tradeoff", *run, broken)),
         ("cannot be used", ("tradeoff", *run, tmp_path / "none.json")),
         ("has no adapters", ("tradeoff", "--runs", f"x={images}", "--metrics", files[0])),
-        ("has no figure 'fdi'", ("tradeoff", *run, files[0], "--metric", "fdi")),
+        ("has no metric 'fdi'", ("tradeoff", *run, files[0], "--metric", "fdi")),
         ("differ in global_seed \\(0 and 1\\)", ("convergence", "--runs", ours, bits, "--metrics", *files, bit)),
         ("at one step", ("convergence", *run, files[0])),
         ("both of step 100", ("convergence", *run, files[0], copied(files[0], tmp_path / "again.json"))),
-        ("is in no table of the paper", ("tables", "--runs", wide, "--metrics", other)),
+        ("fits no table of the paper", ("tables", "--runs", wide, "--metrics", other)),
     ]
 
 
@@ -469,14 +348,14 @@ def copied(path, to):
     return to
 
 
-def test_a_mistake_is_one_sentence_and_nothing_is_written(
+def test_invalid_input_is_one_sentence_and_writes_nothing(
     command, adapter, base, images, pipeline, species, runs, tmp_path, plane
 ):
     cases = bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path)
     before = tree(tmp_path)
     for words, flags in cases:
         out = () if "--out" in flags else ("--out", tmp_path / "out/figure")
-        result = command(figures.main, *flags, *out)
+        result = command(main, *flags, *out)
         assert result.code == 2, (words, result)
         lines = [line for line in result.err.splitlines() if line.startswith("figures.py: ")]
         assert len(lines) == 1 and result.err.endswith(lines[0] + "\n") and "Traceback" not in result.err
@@ -486,14 +365,14 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert tree(tmp_path) == before
 
 
-def test_without_scikit_learn_tsne_says_so(command, adapter, monkeypatch, tmp_path):
+def test_tsne_without_scikit_learn_says_what_to_install(command, adapter, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    result = command(figures.main, "tsne", "--ckpt", adapter, "--neighbours", 2, "--out", tmp_path / "t")
+    result = command(main, "tsne", "--ckpt", adapter, "--neighbours", 2, "--out", tmp_path / "t")
     assert result.code == 2 and "pip install scikit-learn" in result.err and not list(tmp_path.iterdir())
 
 
-def test_a_figure_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_file(tmp_path, monkeypatch):
     figure = plots.mosaic([[np.zeros((4, 4, 3), np.uint8)]])
     monkeypatch.setattr(figure, "savefig", lambda part, **_: (part.write_bytes(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):

@@ -165,7 +165,7 @@ def test_half_precision(folder, pipe, tmp_path_factory):
     assert a.dtype == torch.float32 and 0 < relative(a, b) < 0.1
 
 
-# ---- with an autoencoder ---------------------------------------------------------------------------
+# ---- with an autoencoder -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_solver_gets_the_noise_without_the_variance(latent_pipe, latent_adapte
     assert relative(found, x) < 1e-6
 
 
-# ---- class names and invalid arguments -------------------------------------------------------------
+# ---- class names and invalid arguments -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("query, label", [(0, 0), ("pug", 3), ("PUG dog", 4), ("beag", 2), (np.int64(4), 4)])
@@ -269,7 +269,7 @@ def test_invalid_arguments_are_refused(labels, options, words, pipe):
         pipe(labels, **{"num_inference_steps": 1} | options)
 
 
-# ---- the bundled code ------------------------------------------------------------------------------
+# ---- the bundled code ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pipeline_finediffusion", "transformer_finediffusion"])

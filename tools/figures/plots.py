@@ -1,13 +1,17 @@
-"""Figures for a paper: how they look, and the forms they take; one file for the eye (PNG) and one for print (PDF).
+"""Plots for a paper: their style and layouts, saved as PNG for screens and PDF for print.
 
-Sizes are inches, 3.4 for a column and 7 for a page; text is at least 6 points. The same input gives the same bytes.
+Sizes are in inches, 3.4 for a column and 7 for a page; text is at least 6 points. The same input gives the same bytes.
 """
 
 import functools
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -22,10 +26,10 @@ from sampling.grid import ellipsize
 
 COLUMN, PAGE = 3.4, 7.0
 DPI = 300
-# Okabe and Ito, "Color universal design", 2008: told apart with any of the common colour blindnesses; here the marker and
-# the line tell as well
+# Okabe and Ito, "Color universal design", 2008: distinct under the common forms of colour blindness; markers and lines
+# differ as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 of them with 8 colours: 56 pairs
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 markers and 8 colours make 56 pairs
 LINES = ("-", "--", "-.", ":")
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -44,12 +48,12 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # keep text as text
 }
 
 
-def styled(draw):
-    """Call a function that draws with the look of all figures."""
+def styled(draw: Callable) -> Callable:
+    """Decorate a drawing function to use STYLE."""
 
     @functools.wraps(draw)
     def drawing(*args, **options):
@@ -60,10 +64,10 @@ def styled(draw):
 
 
 @styled
-def save(figure, stem):
-    """`stem`.png and `stem`.pdf, each whole or not at all; no date in them."""
+def save(figure: Figure, stem: str | os.PathLike) -> list[Path]:
+    """Write `stem`.png and `stem`.pdf atomically, without a date in them; return their paths."""
     paths = [Path(f"{stem}.png"), Path(f"{stem}.pdf")]
-    # PDF keeps the pixels of images as they are; PNG has its own
+    # a PDF stores the pixels of images unchanged; a PNG resamples them
     for path, smooth, metadata in zip(paths, ("lanczos", "none"), ({"Software": None}, {"CreationDate": None})):
         for image in figure.findobj(AxesImage):
             image.set_interpolation(smooth)
@@ -72,24 +76,28 @@ def save(figure, stem):
     return paths
 
 
-# ---- rows of images --------------------------------------------------------------------------------------------------
+# ---- rows of images ------------------------------------------------------------------------------
 
 GAP = 0.03  # between images
-WIDEST = 1.1  # an image
-SMALL, LINE = 6, 0.1  # a caption's points, and what a line of it takes
+WIDEST = 1.1  # width of an image at most
+SMALL, LINE = 6, 0.1  # font size of a caption in points, and the height of a line
 
 
-def font_of(size, **font):
-    """What `pictures.fitted` measures with, in inches."""
+class Font:
+    """Measure text in inches, with the method of a Pillow font that `sampling.grid.ellipsize` calls.
 
-    def getlength(text):
-        return TextPath((0, 0), text, size=size, prop=FontProperties(**font)).get_extents().width / 72 if text else 0
+    size: in points; properties: of a matplotlib FontProperties
+    """
 
-    return SimpleNamespace(getlength=getlength)
+    def __init__(self, size: float, **properties):
+        self.size, self.properties = size, FontProperties(**properties)
+
+    def getlength(self, text: str) -> float:
+        return TextPath((0, 0), text, size=self.size, prop=self.properties).get_extents().width / 72 if text else 0
 
 
-def wrapped(text, font, width, most=2):
-    """`text` in at most so many lines of `width` inches, broken between words; what is too long ends in an ellipsis."""
+def wrap_caption(text: str, font: Font, width: float, most: int = 2) -> str:
+    """Break `text` between words into at most `most` lines of `width` inches; cut a longer line with an ellipsis."""
     lines, words = [], text.split()
     while words and len(lines) < most:
         count = 1
@@ -102,16 +110,24 @@ def wrapped(text, font, width, most=2):
 
 
 @styled
-def mosaic(rows, captions=(), row_titles=(), column_titles=()):
-    """Rows of square images, uint8 (H, W, 3) of any size or None for an empty place, as wide as a page if there are enough.
+def mosaic(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    captions: Sequence[Sequence[str]] = (),
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+) -> Figure:
+    """Draw rows of square images, up to the width of a page.
 
-    `captions`: the same rows of texts, below the images; `row_titles`: upright at the left; `column_titles`: above.
+    rows: uint8 (H, W, 3) of any size, or None for an empty place
+    captions: a text below each image
+    row_titles: text to the left of each row, rotated by 90 degrees
+    column_titles: text above each column
     """
     columns = max(map(len, rows))
     left = 0.32 if row_titles else 0.0
     cell = min((PAGE - left) / columns - GAP, WIDEST)
     width = left + columns * (cell + GAP)
-    small, bold = font_of(SMALL), font_of(7, weight="bold")
+    small, bold = Font(SMALL), Font(7, weight="bold")
     top = 0.3 if column_titles else GAP
     below = 2 * LINE + 0.03 if captions else 0.0
     height = top + len(rows) * (cell + below + GAP)
@@ -119,29 +135,29 @@ def mosaic(rows, captions=(), row_titles=(), column_titles=()):
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     for j, title in enumerate(column_titles):
-        text = wrapped(title, bold, cell)
+        text = wrap_caption(title, bold, cell)
         axes.text(left + j * (cell + GAP) + cell / 2, top - 0.05, text, ha="center", va="bottom", weight="bold")
     for i, row in enumerate(rows):
         y = top + i * (cell + below + GAP)
         if row_titles:
-            text = wrapped(row_titles[i], bold, cell + below)
+            text = wrap_caption(row_titles[i], bold, cell + below)
             axes.text(left / 2, y + (cell + below) / 2, text, ha="center", va="center", rotation=90, weight="bold")
         for j, image in enumerate(row):
             x = left + j * (cell + GAP)
             if image is not None:
                 axes.imshow(image, extent=(x, x + cell, y + cell, y), aspect="auto")
                 if captions:
-                    text = wrapped(captions[i][j], small, cell)
+                    text = wrap_caption(captions[i][j], small, cell)
                     axes.text(x + cell / 2, y + cell + 0.02, text, size=SMALL, ha="center", va="top")
-    axes.set(xlim=(0, width), ylim=(height, 0))  # imshow has moved them
+    axes.set(xlim=(0, width), ylim=(height, 0))  # imshow changed the limits
     return figure
 
 
-# ---- groups of points ------------------------------------------------------------------------------------------------
+# ---- groups of points ----------------------------------------------------------------------------
 
 
-def look(i):
-    """Colour and marker of the i-th group: the colours as they are, then darker, then lighter."""
+def group_style(i: int) -> dict:
+    """Return colour and marker of group i: COLOURS in turn, then darker, then lighter ones."""
     r, g, b = to_rgb(COLOURS[i % len(COLOURS)])
     end = 1.0 if (r, g, b) == (0, 0, 0) else (i // len(COLOURS) % 3 == 2) * 1.0  # black can only be lighter
     share = (0.0, 0.45, 0.6)[i // len(COLOURS) % 3]
@@ -150,10 +166,14 @@ def look(i):
 
 
 @styled
-def embedding(points, groups, names, marks, text):
-    """A map of rows: `points` (N, 2) of `groups` (N,), values of which are places in `names`.
+def embedding(
+    points: torch.Tensor, groups: torch.Tensor, names: Sequence[str], marks: dict[str, torch.Tensor], text: str
+) -> Figure:
+    """Draw a map of points (N, 2) by group.
 
-    `marks`: {what it is: (S, 2), a place for each group}, one or two, the last numbered; `text`: two lines below the legend.
+    groups: int64 (N,), indices into `names`
+    marks: {legend: (S, 2)}, a point per group; one or two entries, numbers stand at the last
+    text: two lines below the legend
     """
     columns = 2 if len(names) <= 12 else 3
     height = COLUMN + 0.117 * -(-(len(names) + len(marks)) // columns) + 0.38
@@ -162,17 +182,18 @@ def embedding(points, groups, names, marks, text):
     axes.set(xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(True)
     area = min(14.0, max(1.6, 9000 / len(points)))
-    for s in sorted(range(len(names)), key=lambda s: -int((groups == s).sum())):  # the small ones on top
+    for s in sorted(range(len(names)), key=lambda s: -int((groups == s).sum())):  # small groups on top
         x, y = points[groups == s].T
-        axes.scatter(x, y, s=area, linewidths=0, alpha=0.8, rasterized=len(points) > 2000, **look(s))
+        axes.scatter(x, y, s=area, linewidths=0, alpha=0.8, rasterized=len(points) > 2000, **group_style(s))
     handles = [
-        Line2D([], [], linestyle="", markersize=4, label=f"{s + 1} {name}", **look(s)) for s, name in enumerate(names)
+        Line2D([], [], linestyle="", markersize=4, label=f"{s + 1} {name}", **group_style(s))
+        for s, name in enumerate(names)
     ]
     edge = dict(markeredgecolor="black", markeredgewidth=0.7, linestyle="")
     for (label, places), marker, size in zip(marks.items(), ("d", "*"), (5, 8)):
         handles.append(Line2D([], [], marker=marker, markersize=size, label=label, color="white", **edge))
         for s, (x, y) in enumerate(places.tolist()):
-            axes.plot(x, y, marker=marker, markersize=size, color=look(s)["color"], zorder=3, **edge)
+            axes.plot(x, y, marker=marker, markersize=size, color=group_style(s)["color"], zorder=3, **edge)
     for s, place in enumerate(places.tolist()):
         number = axes.annotate(str(s + 1), place, (3, 2), textcoords="offset points", size=6, weight="bold", zorder=4)
         number.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
@@ -189,48 +210,59 @@ def embedding(points, groups, names, marks, text):
     return figure
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-def legend_below(figure, axes):
+def add_legend_below(figure: Figure, axes: Axes):
+    """Add the legend of `axes` below all panels of a figure."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = -(-len(labels) // -(-len(labels) // 3))  # at most 3, filled evenly
+    columns = -(-len(labels) // -(-len(labels) // 3))  # at most 3, of even length
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=3)
 
 
-def stamped(figure, stamp):
-    if stamp:
-        figure.suptitle(stamp, size=7, color="#aa3333")
+def add_warning(figure: Figure, warning: str):
+    """Print a warning in red above a figure, unless it is empty."""
+    if warning:
+        figure.suptitle(warning, size=7, color="#aa3333")
+
+
+@styled
+def curves(runs: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, warning: str = "") -> Figure:
+    """Draw {name: [(x, y), ...]} as lines, one style per name."""
+    figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(runs.items()):
+        axes.plot(*zip(*points), linestyle=LINES[i % len(LINES)], label=name, **group_style(i))
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    add_legend_below(figure, axes)
+    add_warning(figure, warning)
     return figure
 
 
 @styled
-def curves(runs, x_label, y_label, stamp=""):
-    """{name: [(x, y), ...]} as lines, one style for each name."""
-    figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, points) in enumerate(runs.items()):
-        axes.plot(*zip(*points), linestyle=LINES[i % len(LINES)], label=name, **look(i))
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend_below(figure, axes)
-    return stamped(figure, stamp)
+def tradeoff(
+    parameters: dict[str, tuple[float, float]],
+    times: dict[str, list[tuple[float, float]]],
+    y_label: str,
+    warning: str = "",
+) -> Figure:
+    """Draw y against trained parameters, {name: (count, y)}, and against hours, {name: [(hours, y), ...]}.
 
-
-@styled
-def tradeoff(parameters, times, y_label, stamp=""):
-    """{name: (trained parameters, y)}, on a logarithmic axis, and {name: [(hours, y), ...]}; the latter may be empty."""
+    Without `times` the second panel is left out.
+    """
     figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
     panels = figure.subplots(1, 2 if times else 1, sharey=True, squeeze=False)[0]
     for i, (name, (count, y)) in enumerate(parameters.items()):
-        panels[0].plot([count], [y], linestyle="", label=name, **look(i))
+        panels[0].plot([count], [y], linestyle="", label=name, **group_style(i))
         if name in times:
-            panels[1].plot(*zip(*times[name]), linestyle=LINES[i % len(LINES)], **look(i))
+            panels[1].plot(*zip(*times[name]), linestyle=LINES[i % len(LINES)], **group_style(i))
     panels[0].set(xlabel="trained parameters", ylabel=y_label, xscale="log")
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[0].margins(x=0.15)
     if times:
         panels[1].set(xlabel="training time, hours")
-    legend_below(figure, panels[0])
-    return stamped(figure, stamp)
+    add_legend_below(figure, panels[0])
+    add_warning(figure, warning)
+    return figure

@@ -1,6 +1,8 @@
-"""Which training, which step and what price an evaluation belongs to; and the tables of the paper filled with them."""
+"""Match evaluations to runs, training steps and parameter counts; fill the paper's tables with them."""
 
 import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +11,13 @@ import torch
 from checkpoint.description import ModelDescription
 from checkpoint.format import read_description
 from checkpoint.loading import build_model
-from evaluation.reports import flat
+from evaluation.reports import flatten
 from finetune import METHODS, select
 from hierarchy import Hierarchy
 from runtime.files import sha256
-from runtime.text import shorten
+from runtime.text import markdown_table, one_line, shorten
 
-FORMATS = {  # key of a figure: its name, how it is written, which way is better
+METRICS = {  # key: title, format, which direction is better
     "fid": ("FID", "{:.3f}", "lower"),
     "kid": ("KID", "{:.5f}", "lower"),
     "lpips": ("LPIPS", "{:.3f}", "higher"),
@@ -28,69 +30,79 @@ FORMATS = {  # key of a figure: its name, how it is written, which way is better
     "trained_percent": ("% of all", "{:.2f}", "lower"),
     "speed": ("images/s over full", "{:.2f}", "higher"),
 }
-# what must be the same for the k-th image to have the same class and noise, and for as many images, in every evaluation
+# sampling settings that must agree between evaluations: with them, image k has the same class and noise in each
 SAME = ("hierarchy", "image_size", "labels", "global_seed", "num_fid_samples", "sampler", "num_sampling_steps")
-# of a metrics.json
-PARTS = "overall superclasses comparable not_comparable real fake choices sampling".split()
+# keys that every metrics.json has
+REPORT_KEYS = (
+    "overall",
+    "superclasses",
+    "comparable",
+    "not_comparable",
+    "real",
+    "fake",
+    "choices",
+    "sampling",
+)
 
 
 @dataclass(frozen=True)
 class Score:
-    """run          the name it goes by
-    path         of the metrics.json
-    report       its content
+    """An evaluation of an adapter.
+
+    run          name of the run
+    path         the metrics.json
+    report       its contents
     description  of the adapter
-    figures      {key: number}, those of all images, "trained_params" and "trained_percent", and where metrics.jsonl goes as
-                 far as the adapter "hours" of training and "images_per_s"
+    metrics      {key: value}: the metrics over all images; "trained_params" and "trained_percent"; "hours" of training
+                 and "images_per_s" if metrics.jsonl reaches the adapter's step
     """
 
     run: str
     path: str
     report: dict
     description: ModelDescription
-    figures: dict
+    metrics: dict
 
     @property
-    def step(self):
+    def step(self) -> int:
         return self.description.step
 
-    def figure(self, key):
-        """ValueError where there is no such number."""
-        if not isinstance(self.figures.get(key), int | float):
-            known = sorted(name for name, value in self.figures.items() if isinstance(value, int | float))
-            raise ValueError(f"{self.path} has no figure {key!r}, expected one of {', '.join(known)}: choose another.")
-        return self.figures[key]
+    def metric(self, key: str) -> float:
+        """Return a metric; raise ValueError if it is absent or not a number."""
+        if not isinstance(self.metrics.get(key), int | float):
+            known = sorted(name for name, value in self.metrics.items() if isinstance(value, int | float))
+            raise ValueError(f"{self.path} has no metric {key!r}, expected one of {', '.join(known)}: choose another.")
+        return self.metrics[key]
 
 
-# ---- matching --------------------------------------------------------------------------------------------------------
+# ---- matching ------------------------------------------------------------------------------------
 
 
-def read_report(path):
-    """The content of a metrics.json."""
+def read_report(path: str | os.PathLike) -> dict:
+    """Return the contents of a metrics.json; raise ValueError if it is another file."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [key for key in PARTS if not isinstance(report, dict) or key not in report]
+        missing = [key for key in REPORT_KEYS if not isinstance(report, dict) or key not in report]
         reason = f"it has no {missing[0]!r}" if missing else ""
     except ValueError as error:
-        reason = str(error)
+        reason = one_line(error)
     if reason:
-        raise ValueError(f"{path} is not what evaluate.py writes ({reason}), expected a metrics.json: name that.")
+        raise ValueError(f"{path} is not a metrics.json of evaluate.py ({reason}): name such a file.")
     return report
 
 
-def adapters_of(folder):
+def adapters_of(folder: str | os.PathLike) -> list[Path]:
+    """Return the adapters of a run, earliest first; raise ValueError if it has none."""
     paths = sorted(Path(folder).glob("adapters/*.safetensors"))
     if not paths:
-        raise ValueError(
-            f"{folder} has no adapters/*.safetensors, expected the folder of a run of train.py: name that."
-        )
+        raise ValueError(f"{folder} has no adapters/*.safetensors, expected a run folder of train.py: name one.")
     return paths
 
 
-def pace(folder, step):
-    """{"hours", "images_per_s"} of the training up to `step`, by metrics.jsonl; {} where that does not go so far.
+def training_speed(folder: str | os.PathLike, step: int) -> dict[str, float]:
+    """Return {"hours", "images_per_s"} of the training up to `step`, from metrics.jsonl; {} if that ends earlier.
 
-    Time is that of training: what writing and sampling took is not in it.
+    Only training counts: the time to save and to sample is left out.
     """
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -105,8 +117,8 @@ def pace(folder, step):
     return {}
 
 
-def price(description):
-    """How many parameters the method of a description trains, and their share in per cent."""
+def count_parameters(description: ModelDescription) -> dict[str, float]:
+    """Return how many parameters the method of a description trains, and their share in per cent."""
     with torch.device("meta"):
         model = build_model(description)
     trained = sum(p.numel() for p in select(model, METHODS[description.method]).values())
@@ -114,41 +126,45 @@ def price(description):
     return {"trained_params": trained, "trained_percent": 100 * trained / total}
 
 
-def match(runs, paths):
-    """`Score`s of metrics.json files, by run and step; `runs`: {name: folder}.
+def match(runs: dict[str, str], paths: Sequence[str | os.PathLike]) -> list[Score]:
+    """Return the scores of metrics.json files, sorted by run and step.
 
-    An evaluation belongs to the adapter whose SHA-256 is in the settings of its samples, which sample_ddp.py writes.
+    runs: {name: folder}
+
+    sample_ddp.py records the SHA-256 of the adapter in the settings of its samples; by it an evaluation finds its
+    adapter. Raises ValueError if there is no such record, or no run has the adapter.
     """
     reports = {str(path): read_report(path) for path in paths}
     digests = {path: (report["sampling"] or {}).get("ckpt_sha256") for path, report in reports.items()}
     for path, digest in digests.items():
         if digest is None:
             raise ValueError(
-                f"{path} does not say which adapter made its images, expected images of sample_ddp.py: sample and evaluate "
+                f"{path} does not record which adapter made its images, expected images of sample_ddp.py: sample and evaluate "
                 "again."
             )
     wanted, adapters = set(digests.values()), {}
     for name, folder in runs.items():
         for path in adapters_of(folder)[::-1]:
-            if wanted - adapters.keys():  # large files: no more are read than must be
+            if wanted - adapters.keys():  # stop hashing these large files once all are found
                 adapters[sha256(path)] = name, path
     scores = []
     for path, digest in digests.items():
         if digest not in adapters:
             raise ValueError(
-                f"{path} is of images of an adapter with the SHA-256 {digest[:12]}…, expected one in {shorten(runs.values())}: "
-                "name its run too."
+                f"{path} evaluates an adapter with the SHA-256 {digest[:12]}…, expected one in {shorten(runs.values())}: add "
+                "its run to --runs."
             )
         name, adapter = adapters[digest]
         description = read_description(adapter)
-        figures = flat(reports[path]["overall"]) | price(description) | pace(runs[name], description.step)
-        scores.append(Score(name, path, reports[path], description, figures))
+        metrics = flatten(reports[path]["overall"]) | count_parameters(description)
+        metrics |= training_speed(runs[name], description.step)
+        scores.append(Score(name, path, reports[path], description, metrics))
     order = list(runs)
     return sorted(scores, key=lambda score: (order.index(score.run), score.step))
 
 
-def check_alike(scores):
-    """ValueError where the samples of two scores differ in what they are of, or were compared with other real images."""
+def check_alike(scores: list[Score]):
+    """Raise ValueError if two scores differ in their sampling settings, real images or networks."""
 
     def choices(score):
         report, settings = score.report, score.report["sampling"]
@@ -161,15 +177,15 @@ def check_alike(scores):
         unlike = [(key, a, b) for (key, a), b in pairs if a != b]
         if unlike:
             key, a, b = unlike[0]
-            what = f"{key} ({a} and {b})" if key != "networks" else key
+            difference = f"{key} ({a} and {b})" if key != "networks" else key
             raise ValueError(
-                f"{first.path} and {other.path} differ in {what}, expected the same samples' seeds and the same measure: sample "
-                "and evaluate them alike."
+                f"{first.path} and {other.path} differ in {difference}, expected the same seeds and settings: sample and "
+                "evaluate them alike."
             )
 
 
-def by_run(scores):
-    """{run: its scores by step}; ValueError where two are of one step."""
+def by_run(scores: list[Score]) -> dict[str, list[Score]]:
+    """Return {run: its scores by step}; raise ValueError if a run has two at one step."""
     runs = {}
     for score in scores:
         runs.setdefault(score.run, []).append(score)
@@ -180,17 +196,18 @@ def by_run(scores):
     return runs
 
 
-def stamp(scores):
-    """What must stand on a figure of evaluations that compare with no published ones."""
+def comparability_warning(scores: list[Score]) -> str:
+    """Return the warning to print on a plot if a score cannot be compared with published ones, or else ""."""
     return "" if all(score.report["comparable"] for score in scores) else "not comparable with published figures"
 
 
-# ---- the paper's tables ----------------------------------------------------------------------------------------------
+# ---- the paper's tables --------------------------------------------------------------------------
 
 ABSENT = "–"
 
 
-def belongs(score, table, hierarchy):
+def fits_table(score: Score, table: dict, hierarchy: Hierarchy) -> bool:
+    """Return whether a score has the hierarchy, image size and embedder of a table."""
     found, method = score.description.hierarchy, score.description.method
     counts = found.num_classes, found.num_super_classes
     return (
@@ -200,12 +217,12 @@ def belongs(score, table, hierarchy):
     )
 
 
-def fill(table, scores, methods):
-    """{method: its `Score`} of a table; ValueError where there are two for one."""
+def fill_table(table: dict, scores: list[Score], methods: dict[str, str]) -> dict[str, Score]:
+    """Return {method: score} for a table; raise ValueError if a method has two."""
     hierarchy, found = Hierarchy.load(table["hierarchy"]), {}
     for score in scores:
         method = score.description.method
-        if method in methods and belongs(score, table, hierarchy):
+        if method in methods and fits_table(score, table, hierarchy):
             if method in found:
                 raise ValueError(
                     f"{found[method].path} and {score.path} are both for {methods[method]} in Table {table['number']}, expected "
@@ -215,56 +232,55 @@ def fill(table, scores, methods):
     return found
 
 
-def cell(value, key):
+def format_metric(value: float | str | None, key: str) -> str:
+    """Return the text of a table cell."""
     if value is None or isinstance(value, str):
         return value or ABSENT
-    return FORMATS[key][1].format(value / 1e6 if key == "trained_params" else value)
+    return METRICS[key][1].format(value / 1e6 if key == "trained_params" else value)
 
 
-def ours(found, method, key, superclass=None):
-    """The figure of a method's score, overall or of a superclass; None where there is none."""
+def our_metric(found: dict[str, Score], method: str, key: str, superclass: str | None = None) -> float | None:
+    """Return a metric of a method's score, overall or of a superclass; None if it is absent."""
     score = found.get(method)
     if score is None:
         return None
     if superclass:
-        return flat(score.report["superclasses"].get(superclass, {})).get(key)
+        return flatten(score.report["superclasses"].get(superclass, {})).get(key)
     if key == "speed":
-        full, mine = (found[m].figures.get("images_per_s") if m in found else None for m in ("full", method))
+        full, mine = (found[m].metrics.get("images_per_s") if m in found else None for m in ("full", method))
         return mine / full if full and mine else None
-    return score.figures.get(key)
+    return score.metrics.get(key)
 
 
-def markdown(titles, rows):
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def table_text(table, found, methods):
-    """A table of the paper in Markdown, its figures beside ours."""
-    hierarchy, shown = Hierarchy.load(table["hierarchy"]), table["columns"]
+def table_text(table: dict, found: dict[str, Score], methods: dict[str, str]) -> str:
+    """Return a table of the paper in Markdown, its metrics beside ours."""
+    hierarchy, keys = Hierarchy.load(table["hierarchy"]), table["columns"]
     pair = ["paper", "ours"]
 
     def cells(method, key, superclass=None):
         theirs = None if superclass else table["paper"].get(method, {}).get(key)
-        return [cell(theirs, key), cell(ours(found, method, key, superclass), key)]
+        return [format_metric(theirs, key), format_metric(our_metric(found, method, key, superclass), key)]
+
+    def markdown(titles, rows):
+        return "\n".join(markdown_table(titles, rows, align="l" + "r" * (len(titles) - 1)))
 
     parts = [f"### Table {table['number']}: {table['title']}"]
     if table.get("by_superclass"):
-        for key in shown:
-            titles = [FORMATS[key][0], *(f"{name}, {which}" for name in methods.values() for which in pair)]
+        for key in keys:
+            titles = [METRICS[key][0], *(f"{name}, {which}" for name in methods.values() for which in pair)]
             groups = [*hierarchy.superclasses, None]
             rows = [[group or "overall", *(c for m in methods for c in cells(m, key, group))] for group in groups]
             parts.append(markdown(titles, rows))
     else:
-        titles = ["", *(f"{FORMATS[key][0]}, {which}" for key in shown for which in pair)]
-        rows = [[name, *(c for key in shown for c in cells(m, key))] for m, name in methods.items()]
+        titles = ["", *(f"{METRICS[key][0]}, {which}" for key in keys for which in pair)]
+        rows = [[name, *(c for key in keys for c in cells(m, key))] for m, name in methods.items()]
         parts.append(markdown(titles, rows))
-    parts.append("\n".join(f"- {text}" for text in provenance(found, methods)))
+    parts.append("\n".join(f"- {text}" for text in sources_of(found, methods)))
     return "\n\n".join(filter(None, parts))
 
 
-def provenance(found, methods):
-    """What our figures of a table are of, a sentence for each."""
+def sources_of(found: dict[str, Score], methods: dict[str, str]) -> Iterator[str]:
+    """Yield for each of our scores in a table a sentence with its file and settings."""
     for method, score in found.items():
         report, settings = score.report, score.report["sampling"]
         parts = [
@@ -277,18 +293,18 @@ def provenance(found, methods):
         yield ", ".join(parts) + "."
 
 
-def paper_tables(paper, scores):
-    """All tables of `paper` (tools/paper.json), in Markdown; ValueError where a score is in none of them."""
+def paper_tables(paper: dict, scores: list[Score]) -> str:
+    """Return all tables of `paper` (tools/figures/paper.json) in Markdown; raise ValueError if a score fits none."""
     methods = paper["methods"]
-    filled = [(table, fill(table, scores, methods)) for table in paper["tables"]]
+    filled = [(table, fill_table(table, scores, methods)) for table in paper["tables"]]
     used = {score.path for _, found in filled for score in found.values()}
     for score in scores:
         if score.path not in used:
             about = score.description
             raise ValueError(
-                f"{score.path} is in no table of the paper ({about.method}, {about.embedder} embedder, "
-                f"{about.hierarchy!r}, {about.image_size} pixels): leave it out."
+                f"{score.path} fits no table of the paper ({about.method}, {about.embedder} embedder, {about.hierarchy!r}, "
+                f"{about.image_size} pixels): leave it out."
             )
-    head = f'{paper["paper"]}, beside ours. {ABSENT} under "paper": not at hand; under "ours": not measured. {paper["note"]}'
-    sources = "\n".join(["The paper's figures:", "", *(f"- {text}." for text in paper["sources"])])
+    head = f'{paper["paper"]}, beside ours. {ABSENT} under "paper": not available; under "ours": not measured. {paper["note"]}'
+    sources = "\n".join(["Sources of the paper's metrics:", "", *(f"- {text}." for text in paper["sources"])])
     return "\n\n".join([head, *(table_text(table, found, methods) for table, found in filled), sources]) + "\n"
