@@ -3,11 +3,13 @@
     python sample.py --ckpt models/FineDiffusion-iNat.pt --image-size 256 --num-classes 10000 --num-super-classes 11
     python sample.py --ckpt results/000-DiT-XL-2-finediffusion/adapters/0200000.safetensors --classes "Vulpes vulpes" 7
 
-Writes `<sample-dir>/<class>/<position>.png` and a labelled `grid.png`. The noise of a picture, at every step, is set by
-seed, class and position alone: batch size and other classes change it no more than floating-point sums differ
-(sample_ddp.py's pictures are the same bit for bit on a CPU, since it gives the network one at a time).
+Writes `<sample-dir>/<class>/<position>.png` and a labelled `grid.png`. Seed, class and position alone determine the noise of
+an image, at every step. Batch size and other classes change an image only by rounding errors; sample_ddp.py on a CPU
+avoids these too, since it gives the network one image at a time.
 """
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from guidance import ALL_TIMESTEPS
+from autoencoder import Autoencoder
+from guidance import ALL_TIMESTEPS, Guidance
+from hierarchy import Hierarchy
 from hierarchy.layouts import folder_names
+from models import DiT
 from runtime.cli import Parser, check_range, run_command
 from runtime.device import check_gpu
 from sampling.grid import caption, labelled_grid
@@ -24,94 +29,131 @@ from sampling.load import build_guidance, load_model
 from sampling.options import add_options, check_options
 from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
 
-DEFAULT_CLASSES = 8  # without --classes: so many, evenly spread
+EXAMPLES = """
+python sample.py --ckpt results/inat/adapters/0200000.safetensors --classes "Vulpes vulpes" 207 --per-class 4
+python sample.py --ckpt models/FineDiffusion-iNat.pt --sampler unipc --num-sampling-steps 25 --sample-dir foxes
+"""
+DEFAULT_CLASSES = 8
 
 
-def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_options(add)
-    add("--classes", nargs="+", help='indices or names, such as 207 or "Vulpes vulpes", or all')
-    add("--per-class", type=int, default=1)
-    add("--seed", type=int, default=0)
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line. Raises ValueError for an unknown or malformed flag."""
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add_options(parser)
+    add = parser.add_argument_group("images").add_argument
+    add(
+        "--classes",
+        nargs="+",
+        help=f'indices or names, such as 207 or "Vulpes vulpes", or all; if not given, {DEFAULT_CLASSES} evenly spaced ones',
+    )
+    add("--per-class", type=int, default=1, help="images of each class")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add(
         "--seed-mode",
         choices=["image", "official"],
         default="image",
-        help="official: the official code's random stream",
+        help="image: a noise stream for each image; official: the one stream of the official code, for each class",
     )
-    add("--batch-size", type=int, default=16)
-    add("--sample-dir", default="samples")
+    add("--batch-size", type=int, default=16, help="images per forward pass; --seed-mode official uses --per-class")
+    add = parser.add_argument_group("output").add_argument
+    add("--sample-dir", default="samples", help="folder for the images")
     return parser.parse_args()
 
 
-def check_settings(args):
+def check_settings(args: argparse.Namespace):
+    """Raise ValueError if a flag is invalid or contradicts another."""
     check_options(args)
     check_range(args, per_class=(1, 10**9), batch_size=(1, 10**9), seed=(0, 2**63 - 1))
-    if args.seed_mode == "official":
-        found = args.sampler, args.guidance, *args.guidance_interval
-        if found != ("ddpm", "superclass", *ALL_TIMESTEPS):
-            raise ValueError(
-                f"--seed-mode official is ddpm under superclass guidance at every timestep, found {' '.join(map(str, found))}: "
-                "drop the other flags."
-            )
+    expected = "ddpm", "superclass", *ALL_TIMESTEPS
+    found = args.sampler, args.guidance, *args.guidance_interval
+    if args.seed_mode == "official" and found != expected:
+        raise ValueError(
+            f"--seed-mode is official, expected --sampler ddpm, --guidance superclass and all timesteps, found "
+            f"{' '.join(map(str, found))}: drop the other flags."
+        )
 
 
-def select_labels(args, hierarchy):
-    """Labels of --classes."""
-    if args.classes is None:
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def select_labels(classes: list[str] | None, hierarchy: Hierarchy) -> list[int]:
+    """Return the labels of --classes. Raises ValueError if a query matches no class or several."""
+    if classes is None:
         count = min(DEFAULT_CLASSES, hierarchy.num_classes)
         return np.linspace(0, hierarchy.num_classes - 1, count).round().astype(int).tolist()
-    if args.classes == ["all"]:
+    if classes == ["all"]:
         return list(range(hierarchy.num_classes))
-    return [hierarchy.find(query) for query in args.classes]
+    return [hierarchy.find(query) for query in classes]
 
 
-def sample(args):
-    check_settings(args)
+def sample_batches(
+    args: argparse.Namespace,
+    model: DiT,
+    guidance: Guidance,
+    autoencoder: Autoencoder,
+    jobs: list[tuple[int, int]],
+) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
+    """Yield (jobs, uint8 images (n, 3, H, W)) batch by batch.
+
+    jobs: (label, position) of each image. Raises ValueError if an image is not finite.
+    """
+    official, steps = args.seed_mode == "official", args.num_sampling_steps
+    size = args.per_class if official else args.batch_size  # the official code sets its seed for each class
+    for i in range(0, len(jobs), size):
+        batch = jobs[i : i + size]
+        labels = [label for label, _ in batch]
+        if official:
+            options = dict(cfg_scale=guidance.scale, cfg_channels=guidance.channels)
+            latents = sample_latents_official(model, labels, seed=args.seed, steps=steps, **options)
+        else:
+            keys = [(args.seed, label, position) for label, position in batch]
+            latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps)
+        images = autoencoder.decode(latents)
+        check_finite_images(images, [f"Image {k} of class {label} of seed {args.seed}" for label, k in batch])
+        yield batch, to_uint8(images)
+
+
+def sample(args: argparse.Namespace):
+    """Sample the images of --classes and save them with a grid."""
+    # Load model:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
     model, description, autoencoder = load_model(args, device)
+    guidance = build_guidance(args, model)
     if args.compile:
         model.compile_blocks()
-    guidance = build_guidance(args, model)
-    hierarchy = description.hierarchy
-    labels = select_labels(args, hierarchy)
 
-    # one batch of the official stream is one class: the official code sets its seed anew for each
+    # Choose labels:
+    hierarchy = description.hierarchy
+    labels = select_labels(args.classes, hierarchy)
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
-    size = args.per_class if args.seed_mode == "official" else args.batch_size
-    official = dict(seed=args.seed, cfg_scale=guidance.scale, cfg_channels=guidance.channels)
-    folder, folders, pictures = Path(args.sample_dir), folder_names(hierarchy.classes), []
+
+    # Sample, and save each image:
+    folder, class_folders, images = Path(args.sample_dir), folder_names(hierarchy.classes), []
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
-        for i in range(0, len(jobs), size):
-            batch = jobs[i : i + size]
-            y = [label for label, _ in batch]
-            if args.seed_mode == "official":
-                latents = sample_latents_official(model, y, steps=args.num_sampling_steps, **official)
-            else:
-                keys = [(args.seed, label, position) for label, position in batch]
-                latents = sample_keyed(model, y, keys, guidance, sampler=args.sampler, steps=args.num_sampling_steps)
-            images = autoencoder.decode(latents)
-            check_finite_images(
-                images, [f"Image {position} of class {label} of seed {args.seed}" for label, position in batch]
-            )
-            images = to_uint8(images)
-            for image, (label, position) in zip(images, batch):
-                path = folder / folders[label] / f"{position:06d}.png"
+        for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs):
+            for (label, position), image in zip(batch, pixels):
+                path = folder / class_folders[label] / f"{position:06d}.png"
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-            pictures.append(images)
+            images.append(pixels)
             bar.update(len(batch))
+
+    # Save the grid:
     columns = args.per_class if args.per_class > 1 else min(4, len(jobs))
     captions = [caption(hierarchy.classes[label]) for label, _ in jobs]
-    labelled_grid(torch.cat(pictures), captions, columns).save(folder / "grid.png")
+    labelled_grid(torch.cat(images), captions, columns).save(folder / "grid.png")
     print(f"{len(jobs)} images and grid.png in {folder}")
 
 
 def main():
-    sample(parse_args())
+    args = parse_args()
+    check_settings(args)
+    sample(args)
 
 
 if __name__ == "__main__":

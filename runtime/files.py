@@ -63,6 +63,12 @@ def fsync(path: str | os.PathLike):
         os.close(handle)
 
 
+def nearest_existing(path: str | os.PathLike) -> Path:
+    """Return `path` if it exists, or else the nearest folder above it that does."""
+    path = Path(path)
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 # ---- locks ---------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
-"""What sample.py and sample_ddp.py are both asked for: their flags, the model these name (tools.export too), its guidance."""
+"""Flags of sample.py and sample_ddp.py, which tools/export.py and tools/figures share, and their checks."""
 
+import argparse
 import math
+from collections.abc import Callable, Sequence
 
 from guidance import ALL_TIMESTEPS, GUIDANCES
 from models import DiT_models
@@ -8,58 +10,95 @@ from runtime.cli import check_range
 from sampling.samplers import SAMPLERS
 
 
-def add_model_options(add):
-    """The flags that name a model; `add`: a parser's `add_argument`."""
+def add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
+    """Add a group with the flags that name a model.
+
+    without: flags to leave out; their values are None.
+    """
+    add = add_group(parser, "model", without)
+    add("--ckpt", help="adapter, FineDiffusion checkpoint or DiT checkpoint; if not given, DiT's own is downloaded")
+    add("--base", help="base of the adapter, if it is no longer where the adapter was trained")
+    add("--model", choices=list(DiT_models), help="model of a checkpoint; if not given, DiT-XL/2 or the adapter's")
+    add("--image-size", type=int, help="pixels per side; if not given, 256 or the adapter's")
+    add("--num-classes", type=int, help="classes of a checkpoint; if not given, 10000 (1000 for DiT's own)")
     add(
-        "--ckpt",
-        help="adapter, FineDiffusion's or DiT's checkpoint (default: DiT's own, downloaded, with 1000 classes)",
+        "--num-super-classes",
+        type=int,
+        help="superclasses of a checkpoint; if not given, 11 (1, the null class of a plain DiT, for DiT's own)",
     )
-    add("--base", help="the adapter's base, where it is not where the adapter was trained")
-    add("--model", choices=list(DiT_models), help="for checkpoints (default DiT-XL/2); an adapter knows its own")
-    add("--image-size", type=int, help="for checkpoints (default 256)")
-    add("--num-classes", type=int, help="for checkpoints (default 10000; 1000 for DiT's own)")
-    add("--num-super-classes", type=int, help="for checkpoints (default 11; 1 is a plain DiT's null class)")
-    add("--hierarchy", help="inat2021, a .json file or an image folder (default: the adapter's, else by the counts)")
-    add("--vae", help="ema, mse, a local folder, or none (default mse; an adapter knows its own)")
+    add(
+        "--hierarchy",
+        help="inat2021, a .json file or an image folder; if not given, the adapter's or the one with these numbers of classes",
+    )
+    add("--vae", help="autoencoder: ema, mse, a local folder, or none for pixels; if not given, mse or the adapter's")
 
 
-def add_options(add):
-    """All shared flags; `add`: a parser's `add_argument`."""
-    add_model_options(add)
-    add("--guidance", choices=GUIDANCES, default="superclass", help="what a class is pushed away from, see guidance.py")
-    add("--cfg-scale", type=float, default=4.0)
-    add("--cfg-scale-parent", type=float, help="chain: the scale between null class and superclass (default 1)")
-    add("--cfg-channels", choices=["3", "all"], default="3", help="guide so many channels (3 as the official code)")
+def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
+    """Add the groups of flags that name a model, its guidance and a sampler; `without` as in `add_model_options`."""
+    add_model_options(parser, without)
+
+    add = add_group(parser, "guidance", without)
+    add(
+        "--guidance",
+        choices=GUIDANCES,
+        default="superclass",
+        help="what a class's prediction is pushed away from; guidance.py has the formulas",
+    )
+    add("--cfg-scale", type=float, default=4.0, help="guidance scale, 0 or more; 1 is no guidance")
+    add(
+        "--cfg-scale-parent",
+        type=float,
+        help="with --guidance chain: scale between null class and superclass; if not given, 1",
+    )
+    add(
+        "--cfg-channels",
+        choices=["3", "all"],
+        default="3",
+        help="channels of the latents to guide: the first 3, as the official code does, or all",
+    )
     add(
         "--guidance-interval",
         type=int,
         nargs=2,
         metavar=("LO", "HI"),
         default=list(ALL_TIMESTEPS),
-        help="first and last timestep that are guided, of 0..999; the others take one forward pass instead of two",
+        help="first and last guided timestep, of 0..999; each of the others takes one forward pass instead of two",
     )
-    add("--weak", help="autoguidance: an earlier adapter of the same run")
-    add("--sampler", choices=SAMPLERS, default="ddpm")
-    add("--num-sampling-steps", type=int, default=250)
+    add("--weak", help="with --guidance autoguidance: an earlier adapter of the same run")
+
+    add = add_group(parser, "sampler", without)
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="sampling algorithm")
+    add("--num-sampling-steps", type=int, default=250, help="steps of the sampler, 1 to 1000")
     add(
         "--compile",
         action="store_true",
-        help="torch.compile every block: for many steps, pictures alike but for float sums",
+        help="torch.compile every block: pays off over many steps; images change by rounding errors alone",
     )
 
 
-def check_options(args):
-    """ValueError where a shared flag, or two of them together, make no sense."""
+def add_group(parser: argparse.ArgumentParser, title: str, without: Sequence[str]) -> Callable:
+    """Return the `add_argument` of a new group; it skips the flags in `without` and makes their values None."""
+    group = parser.add_argument_group(title)
+
+    def add(flag, **options):
+        if flag in without:
+            parser.set_defaults(**{flag.strip("-").replace("-", "_"): None})
+        else:
+            group.add_argument(flag, **options)
+
+    return add
+
+
+def check_options(args: argparse.Namespace):
+    """Raise ValueError if a shared flag is invalid or contradicts another."""
     check_range(args, num_sampling_steps=(1, 1000))
     for name in ("cfg_scale", "cfg_scale_parent"):
         scale = getattr(args, name)
         if scale is not None and not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} is {scale}, expected a finite number, 0 or more: change it.")
+            raise ValueError(f"--{name.replace('_', '-')} is {scale}, expected a finite number, 0 or more.")
     low, high = args.guidance_interval
     if not ALL_TIMESTEPS[0] <= low <= high <= ALL_TIMESTEPS[1]:
-        raise ValueError(
-            f"--guidance-interval is {low} {high}, expected two timesteps of 0..999, the lower one first: change it."
-        )
+        raise ValueError(f"--guidance-interval is {low} {high}, expected two timesteps of 0..999, the lower one first.")
     for flag, value, kind in (
         ("weak", args.weak, "autoguidance"),
         ("cfg-scale-parent", args.cfg_scale_parent, "chain"),

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.files import LOCK_FILE, Lock, atomic_write, path_in_errors
+from runtime.files import LOCK_FILE, Lock, atomic_write, nearest_existing, path_in_errors
 
 FORMATS = ("png", "npz", "both")
 DIGEST_BYTES = 8
@@ -259,8 +259,7 @@ class Store:
         """Raise ValueError if the files still to be written do not fit on the disk."""
         need = sum(each.bytes_to_write() for each in self.formats)
         need -= sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(nearest_existing(self.folder)).free
         if need > free:
             raise ValueError(
                 f"{self.folder} needs about {need / 1e9:.3g} GB more and has {free / 1e9:.3g} GB free: make room, or choose "
