@@ -115,7 +115,7 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
             try:
                 save_preview(args, run)
             except (RuntimeError, OSError) as error:  # out of memory, a full disk: the state is safe
-                run.logger.append_line(
+                run.logger.log_on_main(
                     f"The preview of step {run.step} failed ({one_line(error)}): training continues without it."
                 )
 

@@ -21,7 +21,7 @@ from runtime.device import DTYPES, check_gpu
 from runtime.files import atomic_write
 from runtime.private import reset_accelerate
 from training.logger import peak_memory_gb
-from training.step import GuardedOptimizer, backward, draw_step_noise
+from training.step import GuardedOptimizer, draw_step_noise, forward_backward
 
 WEIGHT_STD = 0.02  # of the layers that a new DiT has at zero, so that every part of it matters
 
@@ -56,7 +56,7 @@ def train(precision, args):
             begun = synchronised_time(device)
         r = draw_step_noise(args.seed, step, args.batch_size, shape, False, 0.1, 0.0, device)
         labels = torch.randint(0, args.classes, (args.batch_size,), device=device)
-        terms = backward(accelerator, wrapped, diffusion, r["posterior"], labels, r, args.grad_accum)
+        terms = forward_backward(accelerator, wrapped, diffusion, r["posterior"], labels, r, args.grad_accum)
         norms.append(update.step())
         ema.update(step)
         losses.append(terms[0].mean())

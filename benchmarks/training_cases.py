@@ -17,7 +17,7 @@ from models import DiT_models
 from runtime.device import DTYPES
 from runtime.private import accelerator_state, reset_accelerate, restore_accelerator_state
 from training import memory
-from training.step import GuardedOptimizer, backward, draw_step_noise, sample_posterior
+from training.step import GuardedOptimizer, draw_step_noise, forward_backward, sample_posterior
 
 STD = 0.02  # of the layers that a new DiT has at zero: else they would hide all the rest
 PEFT = "finediffusion"
@@ -38,7 +38,7 @@ def random_dit(bench, name, size):
 
 
 def our_training(bench, model, method=PEFT, half=None, compiled=None):
-    """step(x, y) -> (4, n) as `steps.backward`: one step of train.py, x cached moments; also step(x, y, drawn numbers)."""
+    """step(x, y) -> (4, n) as `forward_backward`: one step of train.py, x cached moments; also step(x, y, drawn numbers)."""
     half = bench.half if half is None else half
     reset_accelerate()  # another precision needs another Accelerator
     accelerator = Accelerator(mixed_precision=half, cpu=not bench.gpu)
@@ -59,7 +59,8 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
         number = next(numbers)
         r = r or draw_step_noise(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        terms = backward(accelerator, wrapped, diffusion, sample_posterior(x, r["flip"], r["posterior"], None), y, r)
+        latents = sample_posterior(x, r["flip"], r["posterior"], None)
+        terms = forward_backward(accelerator, wrapped, diffusion, latents, y, r)
         update.step()
         ema.update(number)
         return terms
@@ -213,7 +214,7 @@ def update(bench, name, what, model, goal):
     yield row_of(name, what, bench.time(mine, others, "copy", work), goal, gate=gate)
 
 
-# ---- what is counted ------------------------------------------------------------------------------------------------
+# ---- what is counted -----------------------------------------------------------------------------
 
 
 def flops(bench, name, what, model, size, goal):

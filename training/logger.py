@@ -5,7 +5,7 @@ processes, which waits for the device. A row is computed from them in float64, s
 interrupted.
 
 Shapes: S steps of a row, B images of the global batch, n images of this process. The four terms of an image are its
-loss, mse, vb and timestep, see `training.step.backward`.
+loss, mse, vb and timestep, see `training.step.forward_backward`.
 """
 
 import json
@@ -77,9 +77,9 @@ class MetricLogger:
 
     def log(self, text: str):
         """Log a line above the progress bar and in log.txt; called by all processes."""
-        run_on_main(self.accelerator, self.append_line, text)
+        run_on_main(self.accelerator, self.log_on_main, text)
 
-    def append_line(self, text: str):
+    def log_on_main(self, text: str):
         """Log a line; called by the main process alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tqdm.write(text)
@@ -140,7 +140,7 @@ class MetricLogger:
 
         def write():
             append_text(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
-            self.append_line(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
+            self.log_on_main(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
 
         run_on_main(self.accelerator, write)
         self.bar.set_postfix(loss=format_number(row["loss"]))

@@ -1,36 +1,41 @@
-"""What a training step needs of a GPU's memory, counted before it is made.
+"""Estimate the GPU memory of a training step in advance.
 
-Weights, averages, moments and gradients are counted from the parameters. What a forward pass keeps for the backward
-pass is counted by making one for an image or two and adding up what autograd saves, which is the same on a CPU.
+Parameters, gradients, moments and EMA are counted. Activations are measured: small forward passes run, and the tensors
+that autograd saves for the backward pass are added up. These are the same on a CPU.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
+from torch import nn
 
 GIB = 2**30
-SPARE = 0.08  # share of the GPU that the CUDA context, libraries and fragments take
+RESERVE = 0.08  # share of the GPU for the CUDA context, libraries and fragmentation
 
 
-def saved_bytes(run, model):
-    """Bytes that autograd keeps for the backward pass of `run()`, the model's own parameters and buffers left out."""
+def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Return the bytes that autograd saves for the backward pass of `forward()`, without the model's own tensors."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    sizes = {}  # by address: a storage that is saved twice counts once
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # alive until the count is done: an address is not given away twice
+        result = forward()  # alive until the sum is taken, so that no address is used twice
     del result
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
-def activation_bytes(model, autocast):
-    """(bytes per image, bytes per pass) that a training step's forward pass keeps, by one of 1 and one of 2 images.
+def activation_bytes(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> tuple[int, int]:
+    """Return the bytes (per image, per forward pass) that a training step saves for its backward pass.
 
-    The second is autocast's copies of trained weights. Nothing random is used and nothing changes.
+    They follow from forward passes with one and with two images. The bytes per pass are autocast's copies of trained
+    weights. No random numbers are drawn, and the model is left unchanged.
     """
     device, shape = model.pos_embed.device, (model.in_channels, model.input_size, model.input_size)
 
@@ -44,33 +49,47 @@ def activation_bytes(model, autocast):
     return two - one, 2 * one - two
 
 
-def forecast_bytes(model, parameters, per_image, per_pass, images, vae=None):
-    """{what: bytes} of a training with `images` of them in a pass. `parameters`: those that are trained, {name: tensor}."""
+def forecast_bytes(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    per_image: int,
+    per_pass: int,
+    images: int,
+    vae: nn.Module | None = None,
+) -> dict[str, int]:
+    """Return the bytes that a training step will need, by use.
+
+    parameters           the trained parameters
+    per_image, per_pass  see `activation_bytes`
+    images               number of images per forward pass
+    vae                  the autoencoder, if there is one on the GPU
+    """
     trained = sum(p.numel() for p in parameters.values())
     everything = [*model.parameters(), *model.buffers(), *(vae.parameters() if vae else ())]
     return {
         "weights": sum(t.numel() * t.element_size() for t in everything),
-        "gradients, moments and averages": 4 * 4 * trained,  # float32: one, two and one of each
+        "gradients, moments and EMA": 4 * (1 + 2 + 1) * trained,  # float32
         "activations": per_image * images + per_pass,
     }
 
 
-def describe(need, per_image, images, capacity=None):
-    """A sentence with the forecast; with the `capacity` of the GPU in bytes, what to do where that is too little."""
+def describe_forecast(need: dict[str, int], per_image: int, images: int, capacity: int | None = None) -> str:
+    """Return a sentence about the forecast, with advice if it exceeds the GPU's `capacity` in bytes."""
     total = sum(need.values())
-    parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.items())
-    text = f"memory: about {total / GIB:.1f} GiB a process ({parts}; {per_image / 2**20:.0f} MiB an image, {images} in a pass)"
+    parts = ", ".join(f"{use} {size / GIB:.2f}" for use, size in need.items())
+    details = f"{parts}; {per_image / 2**20:.0f} MiB per image, {images} per forward pass"
+    text = f"memory: about {total / GIB:.1f} GiB per process ({details})"
     if capacity is None:
         return text
-    room = capacity * (1 - SPARE)
-    text += f" of {capacity / GIB:.1f}"
+    room = capacity * (1 - RESERVE)
+    text += f" of {capacity / GIB:.1f} GiB"
     if total <= room:
         return text
     fits = int((room - total) // per_image) + images
     return f"{text}: too much, {advice(min(fits, images - 1))}"
 
 
-def advice(micro_batch):
-    """What to turn where the memory does not suffice."""
-    first = f"pass --micro-batch {micro_batch} (the same numbers in more passes), " if micro_batch > 0 else "pass "
+def advice(micro_batch: int) -> str:
+    """Return advice for when memory is insufficient. micro_batch: the largest that may fit; below 1, none does."""
+    first = f"pass --micro-batch {micro_batch} (the same losses in more passes), " if micro_batch > 0 else "pass "
     return f"{first}--mixed-precision bf16 or fp16, or --grad-checkpointing"

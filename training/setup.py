@@ -31,7 +31,7 @@ from training.state import (
     DECISIVE_FLAGS,
     check_same_run,
     latest_valid_state,
-    load_base_of,
+    load_run_base,
     load_state,
     lock_run_dir,
     resolve_run_dir,
@@ -102,7 +102,7 @@ def begin(args: argparse.Namespace) -> Run:
     parameters = select(model, METHODS[args.method])
     if path:
         check_same_run(path, saved, description, args.allow_changes)
-        load_base_of(path, saved, model, args.resume)
+        load_run_base(path, saved, model, args.resume)
         description, rows = replace(description, base=saved.base, step=saved.step), None
     else:
         base, rows = start_from_base(args, accelerator, model, parameters, description)
@@ -123,9 +123,9 @@ def begin(args: argparse.Namespace) -> Run:
     # Start the log:
     stop = args.on_nonfinite == "stop"
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
-    passes = args.grad_accum if not args.micro_batch else -(-batches.share // args.micro_batch)
+    passes = args.grad_accum if not args.micro_batch else -(-batches.local_batch // args.micro_batch)
     settings = vars(args) | {"mixed_precision": precision}
-    log_run_summary(settings, logger, model, parameters, hierarchy, -(-batches.share // passes), autoencoder)
+    log_run_summary(settings, logger, model, parameters, hierarchy, -(-batches.local_batch // passes), autoencoder)
     if rows:
         logger.log(rows)
 
@@ -287,7 +287,7 @@ def log_run_summary(
     per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
     need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae)
     gpu = accelerator.device.type == "cuda"
-    logger.log(memory.describe(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
+    logger.log(memory.describe_forecast(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
     if accelerator.log_with:
         settings = {name: value for name, value in settings.items() if value is not None}
         names = {"wandb": {"name": logger.folder.name, "id": logger.folder.name, "resume": "allow"}}

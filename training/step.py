@@ -1,25 +1,48 @@
-"""One training step: what is random in it, its latents, its loss and gradients.
+"""The parts of a training step: random draws, latents, losses and gradients, update. `train.train_step` calls them.
 
-Shapes: B images of the global batch, n of this process, latents (n, C, h, w).
+Shapes: B images of the global batch, n images of this process, latents (n, C, h, w).
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+
+from autoencoder import Autoencoder
+from diffusion import GaussianDiffusion
+from runtime.private import skip_update_if
 
 NUM_TIMESTEPS = 1000
 
 
-def draw_step_noise(seed, step, batch, latent_shape, flip, dropout_prob, null_prob, device):
-    """All that is random in a step, for the whole global batch: {name: (batch, ...)}, a function of (seed, step) alone.
+def draw_step_noise(
+    seed: int,
+    step: int,
+    batch: int,
+    latent_shape: tuple[int, int, int],
+    flip: bool,
+    dropout_prob: float,
+    null_prob: float,
+    device: torch.device | str,
+) -> dict[str, torch.Tensor]:
+    """Draw all that is random in a step, for the B = `batch` images of the global batch.
 
-    So a run that is continued, or one on another number of processes, sees the same numbers. "drop" is the embedder's
-    `force_drop_ids`: 1 with probability `dropout_prob`, 2 with `null_prob`, else 0.
+    The draws depend on (seed, step) alone. A resumed run, or one on another number of processes, sees the same.
+    `latent_shape` is (C, h, w). Returns a dict of
+
+    t          timesteps in 0..999, int64 (B,)
+    flip       mirror the image, bool (B,): with probability 1/2, or never if not `flip`
+    drop       0 keeps the label, 1 (with `dropout_prob`) replaces it by its superclass, 2 (with `null_prob`) by the null
+               row; int64 (B,), the embedder's `force_drop_ids`
+    posterior  standard normal noise of the autoencoder's posterior, (B, C, h, w)
+    noise      standard normal noise of the diffusion, (B, C, h, w)
     """
-    mixed = int(np.random.SeedSequence((seed, step, 1)).generate_state(1)[0])  # 1: not the data's order
+    mixed = int(np.random.SeedSequence((seed, step, 1)).generate_state(1)[0])  # 1: not the stream of the data order
     options = dict(generator=torch.Generator(device).manual_seed(mixed), device=device)
     t = torch.randint(0, NUM_TIMESTEPS, (batch,), **options)
     flip = torch.rand(batch, **options) < (0.5 if flip else 0.0)
@@ -33,8 +56,16 @@ def draw_step_noise(seed, step, batch, latent_shape, flip, dropout_prob, null_pr
     }
 
 
-def sample_posterior(x, flip, posterior, autoencoder):
-    """Posterior samples (n, C, h, w) of images (n, 3, H, W), or of cached moments of F = 1 or 2 flips (n, F, 2C, h, w)."""
+def sample_posterior(
+    x: torch.Tensor, flip: torch.Tensor, posterior: torch.Tensor, autoencoder: Autoencoder | None
+) -> torch.Tensor:
+    """Sample latents (n, C, h, w) from the autoencoder's posterior: mean + std * noise.
+
+    x            images (n, 3, H, W) in [-1, 1]; or cached moments (n, F, 2C, h, w), F = 2 with those of the mirrored image
+    flip         bool (n,), use the mirrored image
+    posterior    standard normal noise (n, C, h, w)
+    autoencoder  may be None for cached moments
+    """
     choose = flip.view(-1, 1, 1, 1)
     if x.ndim == 5:
         mean, std = torch.where(choose, x[:, -1], x[:, 0]).float().chunk(2, dim=1)
@@ -43,59 +74,78 @@ def sample_posterior(x, flip, posterior, autoencoder):
     return mean + std * posterior
 
 
-def learning_rate_factor(schedule, step, steps):
-    """By which the learning rate is multiplied: 1, or half a cosine from 1 to 0 over the run."""
+def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
+    """Return the factor of the learning rate at a step: 1 ("constant"), or half a cosine from 1 to 0 over `steps`."""
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def backward(accelerator, model, diffusion, latents, labels, r, parts=1):
-    """Add the gradients of a step to the parameters, in `parts` passes -> (4, n): each image's loss, mse, vb and timestep.
+def forward_backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    noise: dict[str, torch.Tensor],
+    passes: int = 1,
+) -> torch.Tensor:
+    """Add the gradients of a step to the parameters, and return the terms (4, n): loss, mse, vb, timestep of each image.
 
-    `r`: this process's rows of `drawn`. Gradients are exchanged in the last pass only. A loss that is not finite makes
-    all gradients NaN, so that every process sees it after the exchange.
+    latents  (n, C, h, w)
+    labels   class labels, int64 (n,)
+    noise    the rows of this process from `draw_step_noise`
+    passes   number of forward passes; processes exchange gradients in the last one only
+
+    A non-finite loss makes all gradients NaN, so that every process sees it after the exchange.
     """
-    rows, n = [], len(labels)
-    size = -(-n // parts)
+    terms, n = [], len(labels)
+    size = -(-n // passes)  # images per forward pass
     for first in range(0, n, size):
-        part = slice(first, first + size)
-        with nullcontext() if part.stop >= n else accelerator.no_sync(model):
+        rows = slice(first, first + size)
+        t, drop = noise["t"][rows], noise["drop"][rows]
+        with nullcontext() if rows.stop >= n else accelerator.no_sync(model):
             with accelerator.autocast():
-                terms = diffusion.training_losses(
-                    model,
-                    latents[part],
-                    r["t"][part],
-                    {"y": labels[part], "force_drop_ids": r["drop"][part]},
-                    r["noise"][part],
-                )
-            loss = terms["loss"].sum() / n
+                inputs = {"y": labels[rows], "force_drop_ids": drop}
+                losses = diffusion.training_losses(model, latents[rows], t, inputs, noise["noise"][rows])
+            loss = losses["loss"].sum() / n
             accelerator.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
-        rows.append(torch.stack([terms["loss"], terms["mse"], terms["vb"], r["t"][part].float()]).detach())
-    return torch.cat(rows, dim=1)
+        terms.append(torch.stack([losses["loss"], losses["mse"], losses["vb"], t.float()]).detach())
+    return torch.cat(terms, dim=1)
 
 
 class GuardedOptimizer:
-    """The optimizer's step, which leaves everything as it is where the gradient is not finite.
+    """An optimizer whose step changes nothing if the gradient is non-finite.
 
-    The test is made on the device: nothing waits for it. `sticky`: after one such step no other is made either, until
-    the run looks at its losses and stops. Under fp16 the gradient scaler has that duty: it skips and halves its scale.
+    The check is made on the device, without waiting for it. Under fp16 the gradient scaler takes its place: it skips the
+    step and halves its scale.
+
+    optimizer   fused AdamW, prepared by accelerate
+    parameters  those that the optimizer updates
+    clip        largest gradient norm; None for no clipping
+    sticky      skip all later steps too, until the run checks its losses and stops
     """
 
-    def __init__(self, accelerator, optimizer, parameters, clip=None, sticky=True):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: AcceleratedOptimizer,
+        parameters: Iterable[nn.Parameter],
+        clip: float | None = None,
+        sticky: bool = True,
+    ):
         self.accelerator, self.optimizer, self.clip, self.sticky = accelerator, optimizer, clip, sticky
         self.parameters = list(parameters)
-        self.bad = torch.zeros((), device=accelerator.device)
+        self.bad = torch.zeros((), device=accelerator.device)  # 1 if the step is to be skipped
 
-    def step(self):
-        """-> the gradient's norm before clipping, a scalar on the device."""
+    def step(self) -> torch.Tensor:
+        """Update the parameters, clear their gradients, and return the gradient norm before clipping, a scalar."""
         self.accelerator.unscale_gradients(self.optimizer)
-        grads = [p.grad for p in self.parameters]
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         if self.accelerator.scaler is None:
             bad = (~norm.isfinite()).float()
             self.bad = torch.maximum(self.bad, bad) if self.sticky else bad
-            self.optimizer.optimizer.found_inf = self.bad  # read by fused AdamW, as the gradient scaler sets it
+            skip_update_if(self.optimizer.optimizer, self.bad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

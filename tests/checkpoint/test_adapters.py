@@ -16,7 +16,7 @@ from finetune import EMA, METHODS, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
 from runtime.files import sha256
-from training.state import DECISIVE_FLAGS, check_same_run, latest_valid_state, load_base_of, load_state, save_state
+from training.state import DECISIVE_FLAGS, check_same_run, latest_valid_state, load_run_base, load_state, save_state
 
 KEPT = {"terms": torch.arange(24.0).view(2, 4, 3), "norms": torch.ones(2)}
 VETS = Hierarchy(PETS.classes, PETS.superclasses, [0, 0, 0, 1, 1], "vets")
@@ -91,7 +91,7 @@ class Run:
     def go_on_from(self, path):
         _, tensors, saved = latest_valid_state([path])
         check_same_run(path, saved, self.description, allow_changes=False)
-        load_base_of(path, saved, self.model)
+        load_run_base(path, saved, self.model)
         assert same(self.load(path, tensors, saved), KEPT)
         self.change(base=saved.base, step=saved.step)
         return self
@@ -191,11 +191,11 @@ def test_files_of_another_kind(plain, tmp_path):
     for path in (plain, state):
         with refusal(f"{path.name} is not an adapter, expected one that train.py wrote"):
             load_adapted(path)
-    with refusal("adapter.safetensors is no training state, expected one that train.py wrote"):
+    with refusal("adapter.safetensors is not a training state, expected one that train.py wrote"):
         latest_valid_state([adapter])
     with refusal("state.safetensors is a training state, expected weights or an adapter"):
         Run("finediffusion", state)
-    with refusal("adapter.safetensors is no training state of this model and method"):
+    with refusal("adapter.safetensors is not a training state of this model and method"):
         run.load(adapter, *read_weights(adapter))
 
 
@@ -228,7 +228,7 @@ def test_states_of_another_run(other, plain, tmp_path):
     path = Run("finediffusion", plain).steps(1).save_state(tmp_path / "state.safetensors")
     run = Run(**{"method": "finediffusion"} | other).steps(1)
     before = run.everything()
-    with refusal("state.safetensors is no training state of this model and method: continue with the settings"):
+    with refusal("state.safetensors is not a training state of this model and method: resume with the settings"):
         run.load(path, *read_weights(path))
     assert same(run.everything(), before)
 
@@ -243,7 +243,7 @@ def test_settings_that_a_state_was_not_begun_with(key, value, plain, tmp_path):
     check_same_run("here.safetensors", saved, replace(run.description, step=0), allow_changes=False)
     flag = f"--{key.replace('_', '-')}"
     for allow in (False, True):
-        with refusal(f"here.safetensors was begun with {flag}", "continue with the settings it was begun"):
+        with refusal(f"here.safetensors was started with {flag}", "resume with the settings it was started"):
             check_same_run("here.safetensors", saved, replace(run.description, **{key: value}), allow)
 
 
@@ -251,7 +251,7 @@ def test_changes_that_decide_the_numbers_need_a_flag(plain, tmp_path):
     run = Run("finediffusion", plain).steps(1)
     _, _, saved = latest_valid_state([run.save_state(tmp_path / "state.safetensors")])
     now = replace(run.description, data="other", settings=run.description.settings | {"lr": 0.5})
-    with refusal(r"was begun with --lr None \(now 0.5\), other images or labels: continue", "--allow-changes"):
+    with refusal(r"was started with --lr None \(now 0.5\), other images or labels: resume", "--allow-changes"):
         check_same_run("here.safetensors", saved, now, allow_changes=False)
     check_same_run("here.safetensors", saved, now, allow_changes=True)
 

@@ -109,7 +109,7 @@ train --resume @lost.safetensors           | needs its base
 train --resume @adapter --model DiT-S/2    | does not fit this model
 train --resume @empty                      | has no training state
 train --resume @states/absent.safetensors  | no file
-train --resume @states/adapter.safetensors | is no training state
+train --resume @states/adapter.safetensors | is not a training state
 train --lr nan                             | --lr is nan
 train --lr fast                            | --lr: invalid float value: 'fast'
 train --lr 0                               | --lr is 0.0, expected a number above 0
@@ -161,10 +161,10 @@ train --data-path - --latents @mislabelled | labels of 0 to 5, expected 0 to 4 o
 train --data-path - --latents @latents --image-size 16 | image size 8, expected 16
 train --image-size 100 --vae mse --dry-run | 100, expected a multiple of 8
 train --num-classes 5 --hierarchy inat2021 --dry-run | --num-classes is 5, but inat2021 has 10000
-continue --method bitfit                   | was begun with --method finediffusion, found bitfit
-continue --hierarchy @other.json           | was begun with --hierarchy
-continue --model DiT-S/2                   | was begun with --model DiT-Ti/2
-continue --image-size 16                   | was begun with --image-size 8
+continue --method bitfit                   | was started with --method finediffusion, found bitfit
+continue --hierarchy @other.json           | was started with --hierarchy
+continue --model DiT-S/2                   | was started with --model DiT-Ti/2
+continue --image-size 16                   | was started with --image-size 8
 continue --data-path @renamed              | other images or labels --allow-changes
 continue --lr 0.5 --global-seed 3 --no-flip | --global-seed 0 (now 3), --lr 0.0001 (now 0.5), --flip True (now False)
 sample --ckpt nowhere.safetensors          | no file nowhere.safetensors
@@ -278,7 +278,8 @@ def test_a_batch_that_does_not_divide_among_the_processes(whole, tmp_path, monke
         said = (tmp_path / f"err{rank}").read_text()
         if said:
             refused(
-                SimpleNamespace(code=2, err=said), "--global-batch-size 5 does not divide among 2 processes", "is 4."
+                SimpleNamespace(code=2, err=said),
+                "--global-batch-size is 5, expected a multiple of the number of processes (2): pass 4.",
             )
     assert said and not (tmp_path / "out").exists()
 

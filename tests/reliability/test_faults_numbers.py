@@ -99,17 +99,17 @@ def spoil_autoencoder(value, row):
 
 def spoil_gradient(value, row):
     """Before it is exchanged."""
-    backward = train.backward
+    forward_backward = train.forward_backward
 
     def spoiled(accelerator, model, *rest):
         p = next(p for p in model.parameters() if p.requires_grad)
         hook = p.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), value))
-        terms = backward(accelerator, model, *rest)
+        terms = forward_backward(accelerator, model, *rest)
         hook.remove()
         return terms
 
-    train.backward = spoiled
-    return lambda: setattr(train, "backward", backward)
+    train.forward_backward = spoiled
+    return lambda: setattr(train, "forward_backward", forward_backward)
 
 
 def spoil_exchanged(value, row):

@@ -46,9 +46,9 @@ def test_length():
     "arguments, words",
     [
         (dict(n=3, global_batch=4, seed=0), "has 3 images, fewer than --global-batch-size 4"),
-        (dict(n=99, global_batch=10, seed=0, world=4), "10 does not divide among 4 .* is 8"),
-        (dict(n=99, global_batch=3, seed=0, world=8), "does not divide among 8 .* is 8"),
-        (dict(n=99, global_batch=0, seed=0), "0 does not divide"),
+        (dict(n=99, global_batch=10, seed=0, world=4), "is 10, .* of processes \\(4\\): pass 8"),
+        (dict(n=99, global_batch=3, seed=0, world=8), "is 3, .* of processes \\(8\\): pass 8"),
+        (dict(n=99, global_batch=0, seed=0), "is 0, expected a multiple"),
         (dict(n=99, global_batch=9, seed=-1), "--global-seed is -1"),
         (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
     ],

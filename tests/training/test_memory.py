@@ -68,7 +68,7 @@ def test_the_forecast_counts_what_is_kept():
     trained = select(model, METHODS["bitfit"])
     need = memory.forecast_bytes(model, trained, per_image=1000, per_pass=500, images=8)
     assert need["weights"] == sum(t.numel() * 4 for t in model.parameters()) + model.y_embedder.parents.numel() * 8
-    assert need["gradients, moments and averages"] == 16 * sum(p.numel() for p in trained.values())
+    assert need["gradients, moments and EMA"] == 16 * sum(p.numel() for p in trained.values())
     assert need["activations"] == 8500
     half = memory.forecast_bytes(model.half(), trained, 1000, 500, 8, vae=torch.nn.Linear(10, 10))
     assert half["weights"] == (need["weights"] - 40) / 2 + 40 + 440
@@ -76,12 +76,15 @@ def test_the_forecast_counts_what_is_kept():
 
 def test_too_little_memory_names_the_flag():
     need = {"weights": 10 * memory.GIB, "activations": 32 * memory.GIB}
-    enough = memory.describe(need, memory.GIB, 32, capacity=80 * memory.GIB)
+    enough = memory.describe_forecast(need, memory.GIB, 32, capacity=80 * memory.GIB)
     assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
-    little = memory.describe(need, memory.GIB, 32, capacity=32 * memory.GIB)
+    little = memory.describe_forecast(need, memory.GIB, 32, capacity=32 * memory.GIB)
     assert "too much, pass --micro-batch 19 " in little  # 32 * 0.92 - 10 = 19.4
-    assert "--micro-batch" not in memory.describe(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
-    assert " of " not in memory.describe(need, memory.GIB, 32)
+    assert (
+        "--micro-batch"
+        not in memory.describe_forecast(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
+    )
+    assert " of " not in memory.describe_forecast(need, memory.GIB, 32)
 
 
 def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch):
@@ -90,7 +93,7 @@ def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch)
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7"
         )
 
-    monkeypatch.setattr(train, "backward", full)
+    monkeypatch.setattr(train, "forward_backward", full)
     flags = "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 20 --num-workers 0".split()
     result = command(train.main, *flags, "--data-path", images, "--resume", base, "--results-dir", tmp_path)
     sentence = result.err.strip().split("\n")[-1]

@@ -103,7 +103,7 @@ def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
     }[damage]()
     (folder / "adapters/0000008.safetensors").unlink()
     result = command(train.main, *flags(damage))
-    assert result.code == 0 and re.search("0000008.safetensors is damaged.*The state before it is used", result.out)
+    assert result.code == 0 and re.search("0000008.safetensors is damaged.*Using the state before it", result.out)
     assert not differences(folder, outcome(unbroken))
 
 
@@ -143,7 +143,7 @@ def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_pat
     shutil.copy(images / "cats/manx/0.png", tmp_path / "pets/cats/manx/9.png")
     more = flags("changed", "--max-steps", 9, "--data-path", tmp_path / "pets")
     result = command(train.main, *more)
-    assert result.code == 2 and "was begun with other images or labels" in result.err
+    assert result.code == 2 and "was started with other images or labels" in result.err
     assert command(train.main, *more, "--allow-changes").code == 0
     # what does not decide the numbers may change
     same_numbers = ("--grad-accum", 2, "--grad-checkpointing", "--log-every", 1)
@@ -160,7 +160,7 @@ def test_other_starting_weights(command, flags, unbroken, base, tmp_path):
     for weights, words in (
         (tmp_path / "other.pt", f"{tmp_path}/other.pt is not the base of "),
         (tmp_path / "lost.pt", f"there is no {tmp_path}/lost.pt: put it there"),
-        ("none", f"was begun with --resume {base}, found none"),
+        ("none", f"was started with --resume {base}, found none"),
     ):
         result = command(train.main, *flags("weights", "--max-steps", 9, "--resume", weights))
         assert result.code == 2 and words in result.err and tree(flags.root / "weights") == before
@@ -173,7 +173,7 @@ def test_a_run_from_random_weights_and_weights_beside_it(command, flags, base):
     assert command(train.main, *flags("random", "--max-steps", 1, "--resume", "none")).code == 0
     assert command(train.main, *flags("random", "--max-steps", 2, "--resume", "none")).code == 0
     result = command(train.main, *flags("random", "--max-steps", 3, "--resume", base))
-    assert result.code == 2 and f"was begun with --resume none, found {base}" in result.err
+    assert result.code == 2 and f"was started with --resume none, found {base}" in result.err
 
 
 # ---- the same numbers another way ----------------------------------------------------------------
