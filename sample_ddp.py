@@ -1,21 +1,21 @@
-"""Sample tens of thousands of images, to measure a model by.
+"""Sample tens of thousands of images for an evaluation.
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/NAME/adapters/0200000.safetensors --num-fid-samples 50000
     python sample_ddp.py --ckpt results/NAME/adapters/0200000.safetensors --num-fid-samples 50000 --format both
 
-Writes `<sample-dir>/<name>/<class>/<number>.png`, or the `<sample-dir>/<name>.npz` of ADM's evaluation, or both. The same
-command again goes on where a stopped one was, on any number of processes, until there are exactly as many images.
+Writes `<sample-dir>/<name>/<class>/<number>.png`, or `<sample-dir>/<name>.npz` as ADM's evaluation reads it, or both. After an
+interruption the same command, on any number of processes, samples the missing images: there are exactly N in the end.
 
-Image k is the same picture whatever the batch and the processes: its noise, at every step, is set by (seed, k) alone.
-On a CPU it is the same bit for bit, because the network sees one image at a time and computes in one thread: the sums of
-a matrix product depend on its height, and on how many threads share it (1e-6 of an image, measured). On GPUs
-forward passes are batched, and pictures are the same but for the order of such sums. To use the cores of a CPU, start
-as many processes.
+Seed and number alone determine the noise of image k, at every step. On a CPU an image is the same bit for bit for any batch
+size and number of processes: the network sees one image at a time and computes in one thread, because the rounding errors
+of a matrix product depend on its height and on the threads that share it (1e-6 of an image, measured). To use all cores
+of a CPU, start as many processes. On a GPU forward passes are batched, and images change by such rounding errors alone.
 """
 
 import argparse
 import hashlib
 import math
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from autoencoder import Autoencoder
+from checkpoint.description import ModelDescription
 from finetune import store_frozen
 from guidance import hash_integer
 from hierarchy.layouts import folder_names
@@ -36,54 +38,63 @@ from sampling.options import add_options, check_options
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
 from sampling.store import FORMATS, Store, Writer
 
+EXAMPLES = """
+torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/inat/adapters/0200000.safetensors --mixed-precision bf16
+python sample_ddp.py --ckpt results/inat/adapters/0200000.safetensors --num-fid-samples 10000 --format both --name inat
+"""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_options(add)
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line. Raises ValueError for an unknown or malformed flag."""
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add_options(parser)
+    add = parser.add_argument_group("images").add_argument
     add("--num-fid-samples", type=int, default=50_000, help="number of images")
     add(
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
-        help="equally many of each class, or uniform draws",
+        help="balanced: equally many images of each class, within one; random: uniform draws",
     )
-    add("--global-seed", type=int, default=0)
-    add("--per-proc-batch-size", type=int, default=32, help="images that a GPU computes together")
+    add("--global-seed", type=int, default=0, help="seed of noise and random labels")
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed-precision", choices=PRECISIONS, default="no", help="precision of the network")
     add(
         "--tf32",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="TF32 matrix products, on GPUs from Ampere on",
+        help="use TF32 in float32 matrix products, on GPUs from Ampere on",
     )
-    add("--mixed-precision", choices=PRECISIONS, default="no", help="what the network computes in")
-    add("--format", choices=FORMATS, default="png")
-    add("--sample-dir", default="samples")
-    add("--name", help="of the folder in --sample-dir; default: model, checkpoint, size, vae, scale, steps and seed")
+    add("--per-proc-batch-size", type=int, default=32, help="images per forward pass on a GPU")
+    add = parser.add_argument_group("output").add_argument
+    add("--format", choices=FORMATS, default="png", help="form of the images")
+    add("--sample-dir", default="samples", help="folder of all runs")
+    add("--name", help="folder of this run; if not given, made of model, checkpoint, size, vae, scale, steps and seed")
     return parser.parse_args()
 
 
-def check_settings(args):
+def check_settings(args: argparse.Namespace):
+    """Raise ValueError if a flag is invalid or contradicts another."""
     check_options(args)
     many = (1, 10**9)
     check_range(args, num_fid_samples=many, per_proc_batch_size=many, global_seed=(0, 2**63 - 1))
     if args.name and (Path(args.name).name != args.name or args.name == ".."):
-        raise ValueError(
-            f"--name is {args.name}, expected the name of a folder: choose another --sample-dir for its place."
-        )
+        raise ValueError(f"--name is {args.name}, expected the name of a folder: choose its place with --sample-dir.")
 
 
-# ---- which pictures -------------------------------------------------------------------------------------------------
+# ---- labels and settings -------------------------------------------------------------------------
 
 
-def balanced_labels(count, classes):
-    """Labels int64 (count,), label of k: k * stride mod classes, with a stride near the golden section of `classes`.
+def balanced_labels(count: int, classes: int) -> np.ndarray:
+    """Return labels int64 (count,) in which the numbers of images of two classes differ by at most one.
 
-    The stride has no divisor in common with `classes`, so every `classes` images in a row hold each class once: for any
-    count the classes differ by one image at most. And any stretch of images is spread evenly over the order of the
-    classes, where a superclass is one range or a few: a short run shows each superclass in its share.
+    Image k has label k * stride mod classes, with a stride near the golden section of `classes` and coprime to it. So
+    every `classes` consecutive images contain each class once. And any consecutive images are spread evenly over the order
+    of the classes, in which a superclass is one range or a few: a short run shows each superclass in its share.
     """
     stride = max(1, round(GOLDEN_RATIO * classes))
     while math.gcd(stride, classes) > 1:
@@ -91,13 +102,13 @@ def balanced_labels(count, classes):
     return np.arange(count) * stride % classes
 
 
-def random_labels(count, classes, seed):
-    """Labels int64 (count,), that of k drawn uniformly by (seed, k)."""
+def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
+    """Return labels int64 (count,), drawn uniformly; the label of image k depends on (seed, k) alone."""
     return np.array([hash_integer(f"label {seed} {k}") % classes for k in range(count)])
 
 
-def collect_settings(args, description, autoencoder):
-    """All that decides the pictures, as JSON."""
+def collect_settings(args: argparse.Namespace, description: ModelDescription, autoencoder: Autoencoder) -> dict:
+    """Return everything that determines the images, as JSON."""
     weights = hashlib.sha256()
     for name, tensor in autoencoder.vae.state_dict().items() if autoencoder.vae else ():
         weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -126,8 +137,8 @@ def collect_settings(args, description, autoencoder):
     }
 
 
-def run_name(args, description):
-    """Such as DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, and what is not the default."""
+def run_name(args: argparse.Namespace, description: ModelDescription) -> str:
+    """Return DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, then guidance and sampler unless default."""
     path = Path(args.ckpt or "pretrained")
     run = [path.parent.parent.name] if path.parent.name == "adapters" else []
     name = "-".join([description.model.replace("/", "-"), *run, path.stem])
@@ -137,56 +148,66 @@ def run_name(args, description):
     return "-".join([name, *extra])
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
-def generate_missing(store, args, generate, batch_size, rank, world):
-    """Make those of this process's pictures that are not there; `generate(numbers)`: images (n, 3, H, W) in [-1, 1]."""
+def sample_missing(store: Store, generate: Callable, seed: int, batch_size: int, rank: int, world: int):
+    """Sample and write the missing images of process `rank` of `world`.
+
+    generate: called with a list of n numbers, returns images (n, 3, H, W) in [-1, 1]. Raises ValueError if an image is
+    not finite; it is not written.
+    """
     count, missing = len(store.labels), store.missing(rank, world)
     done = len(range(rank, count, world)) - len(missing)
-    share = count / (done + len(missing))  # the bar of one process stands for all: they have about equal shares
+    share = count / (done + len(missing))  # rank 0 shows the progress of all: their shares are about equal
     bar = tqdm(total=count, initial=round(done * share), unit="image", disable=rank > 0)
     with bar, Writer(store.write) as writer:
         for i in range(0, len(missing), batch_size):
             numbers = missing[i : i + batch_size]
             images = generate(numbers)
-            check_finite_images(
-                images, [f"Image {k} of seed {args.global_seed} (class {store.labels[k]})" for k in numbers]
-            )
+            check_finite_images(images, [f"Image {k} of seed {seed} (class {store.labels[k]})" for k in numbers])
             for k, pixels in zip(numbers, to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()):
                 writer.put(k, pixels)
             done += len(numbers)
             bar.update(round(done * share) - bar.n)
 
 
-def sample(args):
+def sample(args: argparse.Namespace):
+    """Sample the images of a run that do not exist yet; called by every process."""
+    # Set up processes:
     state = start_processes(timeout=timedelta(days=7))
     device, rank, world = state.device, state.process_index, state.num_processes
-    if world > args.num_fid_samples:
+    count = args.num_fid_samples
+    if world > count:
         raise ValueError(
-            f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
-            "fewer."
+            f"{world} processes are more than --num-fid-samples {count}: start as many as there are images, or fewer."
         )
-    precision = resolve_precision(args.mixed_precision, device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    with state.local_main_process_first():  # one process a node downloads
-        model, description, autoencoder = load_model(args, device)
+
+    # Load model:
+    precision = resolve_precision(args.mixed_precision, device)
     half = None if precision == "no" else DTYPES[precision]
+    with state.local_main_process_first():  # one process per node downloads
+        model, description, autoencoder = load_model(args, device)
     if half:
         store_frozen(model, half)
     if args.compile:
         model.compile_blocks()
     guidance = build_guidance(args, model)
 
-    hierarchy, count = description.hierarchy, args.num_fid_samples
+    # Choose labels:
+    hierarchy = description.hierarchy
     if args.labels == "balanced":
         labels = balanced_labels(count, hierarchy.num_classes)
     else:
         labels = random_labels(count, hierarchy.num_classes, args.global_seed)
+
+    # Sample the missing images:
     folder = Path(args.sample_dir, args.name or run_name(args, description))
     store = Store(folder, labels, folder_names(hierarchy.classes), description.image_size, args.format)
+    batch_size = 1 if device.type == "cpu" else args.per_proc_batch_size
 
     def generate(numbers):
         keys = [(args.global_seed, k) for k in numbers]
@@ -195,7 +216,7 @@ def sample(args):
 
     with closing(store):
         run_on_main(state, lambda: store.prepare(collect_settings(args, description, autoencoder)))
-        generate_missing(store, args, generate, 1 if device.type == "cpu" else args.per_proc_batch_size, rank, world)
+        sample_missing(store, generate, args.global_seed, batch_size, rank, world)
         state.wait_for_everyone()
         run_on_main(state, store.finish)
     if state.is_main_process:
