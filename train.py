@@ -61,9 +61,11 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
     noise = draw_step_noise(args.global_seed, step, args.global_batch_size, shape, *chances, device)
     noise = {name: values[batches.local_slice] for name, values in noise.items()}
 
-    # Map images to latents (n, C, h, w):
+    # Move the batch to the device, and prepare to map images to latents (m, C, h, w):
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    latents = sample_posterior(x, noise["flip"], noise["posterior"], run.autoencoder)
+
+    def latents(rows: slice) -> torch.Tensor:
+        return sample_posterior(x[rows], noise["flip"][rows], noise["posterior"][rows], run.autoencoder)
 
     # Set the learning rate:
     factor = learning_rate_factor(args.lr_schedule, step, batches.max_steps)
@@ -109,7 +111,7 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
         path = run.folder / f"states/{run.step:07d}.safetensors"
         epoch, scale = run.step // run.batches.steps_per_epoch, scaler.state_dict() if scaler else None
         state = replace(description, epoch=epoch, scaler=scale)
-        save_state(path, run.parameters, run.ema.average, run.optimizer, run.logger.guard.open_row, state)
+        save_state(path, run.parameters, run.frozen, run.ema.average, run.optimizer, run.logger.guard.open_row, state)
         delete_old_states(path, args.keep_states)
         if adapter and args.preview_images:
             try:
@@ -193,7 +195,7 @@ def train(args: argparse.Namespace):
                 save_checkpoint(args, run, adapter=False)
             if code and not last:
                 save_checkpoint(args, run, adapter=False)
-                logger.log(f"signal received, state of step {run.step} saved; run the same command to resume")
+                logger.log(f"signal received, state of step {run.step} saved; {how_to_resume(args, run)}")
                 raise SystemExit(code)
     signals.release()
 
@@ -203,6 +205,12 @@ def train(args: argparse.Namespace):
     accelerator.print(adapter_path(run))
     keep_process_group()
     accelerator.end_training()
+
+
+def how_to_resume(args: argparse.Namespace, run: Run) -> str:
+    if args.experiment or args.resume and Path(args.resume).is_dir():
+        return "run the same command to resume"
+    return f"run the same command with --resume {run.folder} to resume"
 
 
 def dry_run(args: argparse.Namespace):

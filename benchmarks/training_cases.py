@@ -1,15 +1,26 @@
-"""The cases of `benchmarks.speed` that train. Each takes the Bench and its own settings and yields Rows."""
+"""Cases of `benchmarks.speed` that train. Each takes the Bench, its name and its settings, and yields Rows."""
 
 import copy
 import gc
 import itertools
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from benchmarks import official as bench_official
-from benchmarks.harness import EXACT, GPU_ALONE, Row, apart, count_flops, count_waits, row_of
+from benchmarks import official
+from benchmarks.harness import (
+    EXACT,
+    NEEDS_GPU,
+    Bench,
+    Row,
+    count_flops,
+    count_waits,
+    make_row,
+    relative_difference,
+)
 from diffusion import create_diffusion
 from finetune import EMA, METHODS, adamw, select, store_frozen
 from hierarchy import Hierarchy
@@ -19,12 +30,15 @@ from runtime.private import accelerator_state, reset_accelerate, restore_acceler
 from training import memory
 from training.step import GuardedOptimizer, draw_step_noise, forward_backward, sample_posterior
 
-STD = 0.02  # of the layers that a new DiT has at zero: else they would hide all the rest
+STD = 0.02  # of the layers that are zero in a new DiT and would hide all others
 PEFT = "finediffusion"
 
 
-def random_dit(bench, name, size):
-    """A DiT for latents of side `size`, for iNaturalist's classes and superclasses, none of its layers zero."""
+# ---- models and steps ----------------------------------------------------------------------------
+
+
+def random_dit(bench: Bench, name: str, size: int) -> nn.Module:
+    """Return a DiT for latents of side `size` and iNaturalist's classes and superclasses, with no layer zero."""
     torch.manual_seed(0)
     hierarchy = Hierarchy.load("inat2021")
     sizes = dict(num_super_classes=hierarchy.num_super_classes, parents=hierarchy.parents[: bench.classes])
@@ -37,12 +51,17 @@ def random_dit(bench, name, size):
     return model.to(bench.device).eval()
 
 
-def our_training(bench, model, method=PEFT, half=None, compiled=None):
-    """step(x, y) -> (4, n) as `forward_backward`: one step of train.py, x cached moments; also step(x, y, drawn numbers)."""
+def our_training(
+    bench: Bench, model: nn.Module, method: str = PEFT, half: str | None = None, compiled: bool | None = None
+) -> Callable:
+    """Return step(x, y, noise=None) -> (4, n) as `forward_backward`: one step of train.py.
+
+    x: cached moments (n, F, 2C, h, w); y: labels (n,); noise: as `draw_step_noise` returns it
+    """
     half = bench.half if half is None else half
     reset_accelerate()  # another precision needs another Accelerator
     accelerator = Accelerator(mixed_precision=half, cpu=not bench.gpu)
-    state = accelerator_state()  # which the next one would replace
+    state = accelerator_state()  # another Accelerator replaces it
     device = bench.device
     parameters = select(model, METHODS[method])
     store_frozen(model, DTYPES[half])
@@ -54,13 +73,13 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
     update = GuardedOptimizer(accelerator, optimizer, parameters.values())
     diffusion, numbers = create_diffusion(""), itertools.count()
 
-    def step(x, y, r=None):
+    def step(x, y, noise=None):
         restore_accelerator_state(state)
         number = next(numbers)
-        r = r or draw_step_noise(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
+        noise = noise or draw_step_noise(0, number, len(y), (4, *x.shape[-2:]), True, 0.1, 0.0, device)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        latents = sample_posterior(x, r["flip"], r["posterior"], None)
-        terms = forward_backward(accelerator, wrapped, diffusion, latents, y, r)
+        latents = sample_posterior(x, noise["flip"], noise["posterior"], None)
+        terms = forward_backward(accelerator, wrapped, diffusion, latents.__getitem__, y, noise)
         update.step()
         ema.update(number)
         return terms
@@ -68,8 +87,11 @@ def our_training(bench, model, method=PEFT, half=None, compiled=None):
     return step
 
 
-def batch_of(bench, n, size, image=None):
-    """(moments of n latents and of their mirror images, float16, as they are cached; latents; labels; images or None)."""
+def make_batch(bench: Bench, n: int, size: int, image: int | None = None) -> list[torch.Tensor | None]:
+    """Return random moments (n, 2, 8, size, size) as they are cached, latents, labels, and images or None.
+
+    image: pixels per side of the images
+    """
     generator = torch.Generator().manual_seed(1)
     moments = torch.randn(n, 2, 8, size, size, generator=generator).half()
     latents = moments[:, 0, :4].float()
@@ -79,104 +101,137 @@ def batch_of(bench, n, size, image=None):
     return [t.pin_memory() if bench.gpu and t is not None else t for t in tensors]
 
 
-def same_losses(bench, model, batch, loss_of, steps=3):
-    """(gate, drawn numbers and loss of a first step): the first PEFT steps of ours and of the other side, in float32.
+def compare_losses(
+    bench: Bench, model: nn.Module, batch: list, loss_of: Callable, steps: int = 3
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], torch.Tensor]:
+    """Run the first PEFT steps of both sides in float32; return the gate, and the noise and loss of the first step.
 
-    `loss_of(seed, latents, labels, drawn numbers)` is the other side's.
+    loss_of(seed, latents, labels, noise) -> loss of the other side
     """
     moments, latents, labels, _ = batch
-    draws = [bench_official.stream(seed, latents.shape, bench.device) for seed in range(steps)]
+    draws = [official.draw_step_noise(seed, latents.shape, bench.device) for seed in range(steps)]
     ours = our_training(bench, copy.deepcopy(model), half="no", compiled=False)
     with bench.exact():
-        expected = torch.tensor([loss_of(seed, latents, labels, r) for seed, r in enumerate(draws)])
-        found = torch.stack([ours(moments, labels, r)[0].mean() for r in draws]).cpu()
-    return [(apart(found, expected), EXACT)], draws[0], expected[0]
+        expected = torch.tensor([loss_of(seed, latents, labels, noise) for seed, noise in enumerate(draws)])
+        found = torch.stack([ours(moments, labels, noise)[0].mean() for noise in draws]).cpu()
+    return [(relative_difference(found, expected), EXACT)], draws[0], expected[0]
 
 
-def official_losses(bench, twin):
-    step = bench_official.training(bench.official, copy.deepcopy(twin))
+def official_losses(bench: Bench, twin: nn.Module) -> Callable:
+    """Return the `loss_of` of the official code, for `compare_losses`."""
+    step = official.training(bench.official, copy.deepcopy(twin))
 
-    def loss(seed, latents, labels, r):
+    def loss(seed, latents, labels, noise):
         torch.manual_seed(seed)
         return step(latents, labels)
 
     return loss
 
 
-def full_losses(bench, model, moments):
+def full_losses(bench: Bench, model: nn.Module, moments: torch.Tensor) -> Callable:
+    """Return the `loss_of` of our full fine-tuning, for `compare_losses`."""
     step = our_training(bench, copy.deepcopy(model), "full", half="no", compiled=False)
-    return lambda seed, latents, labels, r: step(moments, labels, r)[0].mean().item()
+    return lambda seed, latents, labels, noise: step(moments, labels, noise)[0].mean().item()
 
 
-def step(bench, name, what, model, batch, goal, rate=None, size=32, vae=None):
-    """A PEFT step against the official one, latents to both; with `vae`, a function that makes one, images to the official."""
+# ---- steps against steps -------------------------------------------------------------------------
+
+
+def step(
+    bench: Bench,
+    name: str,
+    about: str,
+    model: str,
+    batch: int,
+    goal: float,
+    rate: float | None = None,
+    size: int = 32,
+    vae: Callable | None = None,
+) -> Iterator[Row]:
+    """Time a PEFT step against the official one, both on latents; with `vae(bench)` the official one encodes images.
+
+    rate: smallest images/s
+    """
     size, batch, model = bench.small(size, 8), bench.small(batch, 2), bench.small(model, "DiT-Ti/2")
     own = random_dit(bench, model, size)
-    twin = bench_official.twin(bench.official, own)
-    moments, latents, labels, images = data = batch_of(bench, batch, size, 8 * size if vae else None)
-    gate, r, expected = same_losses(bench, own, data, official_losses(bench, twin))
+    twin = official.twin(bench.official, own)
+    moments, latents, labels, images = data = make_batch(bench, batch, size, 8 * size if vae else None)
+    gate, noise, expected = compare_losses(bench, own, data, official_losses(bench, twin))
     ours = our_training(bench, own)
-    theirs = bench_official.training(bench.official, twin, vae and vae(bench))
-    found = bench.first(name, lambda: ours(moments, labels, r)[0].mean().cpu())
+    theirs = official.training(bench.official, twin, vae and vae(bench))
+    found = bench.first_call(name, lambda: ours(moments, labels, noise)[0].mean().cpu())
     times = bench.time(
         lambda: ours(moments, labels),
         lambda: theirs(images if vae else latents, labels),
         work=batch * count_flops(model, size, PEFT),
     )
-    gate.append((apart(found, expected), bench.tolerance))
-    row = row_of(name, what, times, goal, batch if rate else None, gate)
+    gate.append((relative_difference(found, expected), bench.tolerance))
+    row = make_row(name, about, times, goal, batch if rate else None, gate)
     yield row
     if rate:
-        yield Row(f"{name}-rate", what, row.unit, row.ours, goal=rate, at_least=True, gate=row.gate, faults=row.faults)
+        yield Row(f"{name}-rate", about, row.unit, row.ours, goal=rate, at_least=True, gate=row.gate, faults=row.faults)
 
 
-def methods(bench, name, what, model, batch, goal, size=32):
-    """A PEFT step against a step of full fine-tuning, both ours."""
+def methods(
+    bench: Bench, name: str, about: str, model: str, batch: int, goal: float | None, size: int = 32
+) -> Iterator[Row]:
+    """Time our PEFT step against our step of full fine-tuning."""
     size, batch, model = bench.small(size, 8), bench.small(batch, 2), bench.small(model, "DiT-Ti/2")
     own = random_dit(bench, model, size)
-    moments, _, labels, _ = data = batch_of(bench, batch, size)
-    gate, r, expected = same_losses(bench, own, data, full_losses(bench, own, moments), steps=1)
+    moments, _, labels, _ = data = make_batch(bench, batch, size)
+    gate, noise, expected = compare_losses(bench, own, data, full_losses(bench, own, moments), steps=1)
     other = copy.deepcopy(own)
     ours, theirs = our_training(bench, own), our_training(bench, other, "full")
-    sides = bench.first(name, lambda: [side(moments, labels, r)[0].mean().cpu() for side in (ours, theirs)])
-    gate += [(apart(found, expected), bench.tolerance) for found in sides]
+    sides = bench.first_call(name, lambda: [side(moments, labels, noise)[0].mean().cpu() for side in (ours, theirs)])
+    gate += [(relative_difference(found, expected), bench.tolerance) for found in sides]
     work = batch * count_flops(model, size, PEFT)
     times = bench.time(lambda: ours(moments, labels), lambda: theirs(moments, labels), work=work)
-    yield row_of(name, what, times, goal, gate=gate, against="full")
+    yield make_row(name, about, times, goal, gate=gate, against="full")
 
 
-def precisions(bench, name, what, model, batch, half, goal=None, size=32):
-    """A PEFT step in half precision against one in float32, both ours."""
+def precisions(
+    bench: Bench,
+    name: str,
+    about: str,
+    model: str,
+    batch: int,
+    half: str,
+    goal: float | None = None,
+    size: int = 32,
+) -> Iterator[Row]:
+    """Time our PEFT step in half precision against ours in float32."""
     size, batch, model = bench.small(size, 8), bench.small(batch, 2), bench.small(model, "DiT-Ti/2")
     own = random_dit(bench, model, size)
-    moments, _, labels, _ = batch_of(bench, batch, size)
-    r = bench_official.stream(0, (batch, 4, size, size), bench.device)
+    moments, _, labels, _ = make_batch(bench, batch, size)
+    noise = official.draw_step_noise(0, (batch, 4, size, size), bench.device)
     ours, theirs = our_training(bench, copy.deepcopy(own), half=half), our_training(bench, own, half="no")
-    losses = bench.first(name, lambda: [side(moments, labels, r)[0].mean() for side in (ours, theirs)])
+    losses = bench.first_call(name, lambda: [side(moments, labels, noise)[0].mean() for side in (ours, theirs)])
     times = bench.time(lambda: ours(moments, labels), lambda: theirs(moments, labels))
-    yield row_of(name, what, times, goal, gate=[(apart(*losses), bench.tolerance_of(half))], against="float32")
+    yield make_row(
+        name, about, times, goal, gate=[(relative_difference(*losses), bench.tolerance_of(half))], against="float32"
+    )
 
 
-def alone(bench, name, what, model, batch, rate, size):
-    """A PEFT step, how many images a second."""
+def step_rate(bench: Bench, name: str, about: str, model: str, batch: int, rate: float, size: int) -> Iterator[Row]:
+    """Measure the images/s of a PEFT step; `rate` is the goal."""
     size, batch, model = bench.small(size, 8), bench.small(batch, 2), bench.small(model, "DiT-Ti/2")
     own = random_dit(bench, model, size)
-    moments, _, labels, _ = batch_of(bench, batch, size)
+    moments, _, labels, _ = make_batch(bench, batch, size)
     ours = our_training(bench, own)
-    bench.first(name, lambda: ours(moments, labels))
+    bench.first_call(name, lambda: ours(moments, labels))
     times = bench.time(lambda: ours(moments, labels), work=batch * count_flops(model, size, PEFT))
-    row = row_of(name, what, times, images=batch)
+    row = make_row(name, about, times, images=batch)
     row.goal, row.at_least = rate, True
     yield row
 
 
-def update(bench, name, what, model, goal):
-    """The optimizer's step and the average's after it, on the parameters of a model alone: no forward or backward pass."""
+def update(bench: Bench, name: str, about: str, model: str, goal: float) -> Iterator[Row]:
+    """Time the optimizer step and the EMA update on the parameters of a model, without forward and backward pass."""
     model = bench.small(model, "DiT-Ti/2")
     with torch.device("meta"):
         ours = DiT_models[model](num_classes=bench.classes, num_super_classes=11)
     torch.manual_seed(0)
-    theirs = bench_official.as_large(bench.official, ours).to_empty(device=bench.device)
+    theirs = official.same_size(bench.official, ours).to_empty(device=bench.device)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=STD)
     average = copy.deepcopy(theirs).requires_grad_(False)
@@ -185,49 +240,50 @@ def update(bench, name, what, model, goal):
     own = {key: torch.nn.Parameter(p.detach().clone()) for key, p in chosen.items()}
     grads = {key: torch.randn_like(p) for key, p in chosen.items()}
     accelerator = Accelerator(cpu=not bench.gpu)
-    ema, optimizer = EMA(own, 0.9), accelerator.prepare(adamw(own, 1e-4, 1e-4))
-    step = GuardedOptimizer(accelerator, optimizer, own.values())
-    official = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0)
+    ema = EMA(own, 0.9)
+    guarded = GuardedOptimizer(accelerator, accelerator.prepare(adamw(own, 1e-4, 1e-4)), own.values())
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0)
 
-    def mine():
+    def our_update():
         for key, p in own.items():
             p.grad = grads[key]
-        step.step()
+        guarded.step()
         ema.update(0)
 
-    def others():
+    def their_update():
         for key, p in chosen.items():
             p.grad = grads[key]
-        official.step()
+        optimizer.step()
         bench.official.update_ema(average, theirs, decay=0.9)
 
     for _ in range(2):
-        mine(), others()
+        our_update(), their_update()
     averages = dict(average.named_parameters())
-    moved = 1e-4  # a step of AdamW
+    moved = 1e-4  # size of an AdamW step
     gate = [
         (max((p - chosen[key]).abs().max().item() for key, p in own.items()) / moved, 1e-3),
         (max((a - averages[key]).abs().max().item() for key, a in ema.average.items()) / moved, 1e-3),
     ]
-    # in float32: AdamW reads p, gradient and two moments and writes three of them; the norm reads; the average 2 and 1
+    # in float32: AdamW reads p, gradient and two moments and writes p and the moments; the norm reads the gradient; the
+    # average reads two tensors and writes one
     work = 11 * 4 * sum(p.numel() for p in own.values())
-    yield row_of(name, what, bench.time(mine, others, "copy", work), goal, gate=gate)
+    yield make_row(name, about, bench.time(our_update, their_update, "copy", work), goal, gate=gate)
 
 
-# ---- what is counted -----------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------
 
 
-def flops(bench, name, what, model, size, goal):
-    """FLOP of a PEFT step over those of a full step; a count, the same everywhere."""
+def flops(bench: Bench, name: str, about: str, model: str, size: int, goal: float) -> Iterator[Row]:
+    """Count the FLOP of a PEFT step over a full step; the same on every machine."""
     full, peft = (count_flops(model, size, method) / 1e9 for method in ("full", PEFT))
-    row = Row(name, what, "GFLOP an image", peft, ratio=peft / full, goal=goal, slack=0.005, spread=f"full {full:.1f}")
+    row = Row(name, about, "GFLOP an image", peft, ratio=peft / full, goal=goal, slack=0.005, spread=f"full {full:.1f}")
     if row.ratio < goal * (1 - row.slack):
-        row.faults.append("less than there is to compute")
+        row.faults.append("fewer FLOP than the step needs")
     yield row
 
 
-def saved(bench, name, what, model, goal):
-    """Bytes that the forward pass keeps for the backward pass, PEFT over full; a count, the same everywhere."""
+def saved_activations(bench: Bench, name: str, about: str, model: str, goal: float) -> Iterator[Row]:
+    """Count the bytes that the forward pass keeps for the backward pass, PEFT over full; the same on every machine."""
     counted = {}
     for method in ("full", PEFT):
         dit = DiT_models[model](num_classes=4).train()
@@ -235,15 +291,17 @@ def saved(bench, name, what, model, goal):
         counted[method], _ = memory.activation_bytes(dit, nullcontext)
     mib = {method: size / 2**20 for method, size in counted.items()}
     ratio = mib[PEFT] / mib["full"]
-    yield Row(name, what, "MiB an image", mib[PEFT], ratio=ratio, goal=goal, spread=f"full {mib['full']:.1f}")
+    yield Row(name, about, "MiB an image", mib[PEFT], ratio=ratio, goal=goal, spread=f"full {mib['full']:.1f}")
 
 
-def peak(bench, name, what, model, batch, goal, most, size=32):
-    """Most GPU memory that a step takes, PEFT over full."""
+def peak_memory(
+    bench: Bench, name: str, about: str, model: str, batch: int, goal: float, most: float, size: int = 32
+) -> Iterator[Row]:
+    """Measure the peak GPU memory of a step, PEFT over full; `most`: the largest GiB for PEFT."""
     gib = {}
     for method in ("full", PEFT):
         step = our_training(bench, random_dit(bench, bench.small(model, "DiT-Ti/2"), bench.small(size, 8)), method)
-        moments, _, labels, _ = batch_of(bench, bench.small(batch, 2), bench.small(size, 8))
+        moments, _, labels, _ = make_batch(bench, bench.small(batch, 2), bench.small(size, 8))
         step(moments, labels)
         if bench.gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -252,23 +310,23 @@ def peak(bench, name, what, model, batch, goal, most, size=32):
         del step
         gc.collect()
     if not bench.gpu:
-        yield Row(name, what, "GiB", None, faults=[GPU_ALONE])
+        yield Row(name, about, "GiB", None, faults=[NEEDS_GPU])
         return
     ratio = gib[PEFT] / gib["full"]
-    yield Row(name, what, "GiB", gib[PEFT], ratio=ratio, goal=goal, spread=f"full {gib['full']:.2f}")
-    yield Row(f"{name}-most", what, "GiB", gib[PEFT], goal=most)
+    yield Row(name, about, "GiB", gib[PEFT], ratio=ratio, goal=goal, spread=f"full {gib['full']:.2f}")
+    yield Row(f"{name}-most", about, "GiB", gib[PEFT], goal=most)
 
 
-def waits(bench, name, what, model, batch, size=32):
-    """How often a step waits for the GPU, ours and the official."""
+def waits(bench: Bench, name: str, about: str, model: str, batch: int, size: int = 32) -> Iterator[Row]:
+    """Count how often a training step waits for the GPU, ours and the official one."""
     size, batch, model = bench.small(size, 8), bench.small(batch, 2), bench.small(model, "DiT-Ti/2")
     own = random_dit(bench, model, size)
-    twin = bench_official.twin(bench.official, own) if bench.official else None
-    moments, latents, labels, _ = batch_of(bench, batch, size)
+    twin = official.twin(bench.official, own) if bench.official else None
+    moments, latents, labels, _ = make_batch(bench, batch, size)
     sides = [(our_training(bench, own, compiled=False), moments)]
-    sides += [(bench_official.training(bench.official, twin), latents)] if twin else []
+    sides += [(official.training(bench.official, twin), latents)] if twin else []
     counts = []
     for side, x in sides:
-        side(x, labels)  # the first puts tables on the GPU
+        side(x, labels)  # the first call copies tables to the GPU
         counts.append(count_waits(lambda: side(x, labels)))  # noqa: B023
-    yield Row(name, what, "waits", *counts, goal=0, faults=[] if bench.gpu else [GPU_ALONE])
+    yield Row(name, about, "waits", *counts, goal=0, faults=[] if bench.gpu else [NEEDS_GPU])

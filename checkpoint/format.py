@@ -79,6 +79,13 @@ def read_description(path: str | os.PathLike) -> ModelDescription | None:
     return read_safetensors(path, contents=False)[1]
 
 
+def read_digest(path: str | os.PathLike) -> str | None:
+    """Read the SHA-256 that a safetensors file says its contents have; None if it says none."""
+    check_file(path)
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("sha256")
+
+
 def read_weights(path: str | os.PathLike) -> tuple[Tensors, ModelDescription | None]:
     """Read any file of weights; the description of a third-party file is None.
 

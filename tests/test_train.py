@@ -1,3 +1,5 @@
+"""The training command: dry run, files of a run, trained parameters, resumed runs, starting weights."""
+
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +15,7 @@ from checkpoint.description import Base
 from checkpoint.format import read_weights
 from checkpoint.loading import TABLE, load_adapted, sha256
 from tools import encode_latents
-from training.state import resolve_run_dir
+from training.folder import resolve_run_dir
 from training.step import draw_step_noise
 
 ROOT = Path(train.__file__).parent
@@ -66,7 +68,7 @@ PLAIN, TIERED = 685_628_960, 685_640_480  # all parameters, with 1 null row or 1
         ("--method full", PLAIN, 685_202_720),
         ("--method bitfit", PLAIN, 12_010_784),
         ("--method difffit", PLAIN + 2 * 28, 12_142_168),
-        # beside BitFit: 56 affine LayerNorms of the blocks, and 6 x 1152 gammas in each of 14 blocks
+        # BitFit's, 56 affine LayerNorms of the blocks, and 6 x 1152 gammas in each of 14 blocks
         ("--method difffit-orig", PLAIN + 14 * 6 * 1152, 12_010_784 + 56 * 2 * 1152 + 14 * 6 * 1152),
         ("", TIERED, 12_153_632),
         ("--image-size 512", 686_525_216, 12_153_632),
@@ -82,7 +84,7 @@ def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, m
     settings = json.loads(result.out)
     assert (settings["total_params"], settings["trainable_params"]) == (total, trained)
     assert settings["trainable_percent"] == pytest.approx(100 * trained / total, abs=1e-4)
-    assert settings["lr"] == (1e-3 if "orig" in flags else 1e-4)
+    assert settings["lr"] == settings["table_lr"] == (1e-3 if "orig" in flags else 1e-4)
     assert settings["num_classes"] == (292 if "vegfru" in flags else 10_000)
     assert settings["embedder"] == ("tiered" if total != PLAIN and "fit" not in flags or "tiered" in flags else "null")
     flags = {"data_path", "ema_decay", "flip", "global_batch_size", "image_size", "method", "num_super_classes", "vae"}
@@ -123,18 +125,18 @@ def test_files_of_a_run(command, images, base, tmp_path, run):
         assert grid.size == (4 * 10 + 2, 2 * 10 + 2)  # five classes of 8 pixels in rows of four
     shutil.rmtree(tmp_path / "000-DiT-Ti-2-finediffusion")
     folder, states = resolve_run_dir(tmp_path, None, None, "DiT-Ti-2-full")
-    assert (folder.name, states) == ("002-DiT-Ti-2-full", [])  # a number is not given twice
+    assert (folder.name, states) == ("002-DiT-Ti-2-full", [])  # a number is not used twice
 
 
 def start_of(base, name, shape, method):
-    """The value that a parameter of a new run has, by its name; None for the class table."""
+    """Return the starting value of a parameter of a new run; None for the class table."""
     if name in base:
         return base[name] if base[name].shape == shape else None
     assert ".norm" in name or "gamma_" in name and method.startswith("difffit")
     return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
 
-def test_a_null_row_is_trained_when_asked_for(run):
+def test_null_prob_trains_a_null_row(run):
     folder = run("null-row", "--null-prob", 0.5, "--lr", 0.1)
     model, description = load_adapted(last(folder, "adapters"))
     assert description.null_row and model.y_embedder.has_null
@@ -154,7 +156,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_exactly_the_chosen_parameters_move(method, run, base):
+def test_a_method_changes_exactly_its_parameters(method, run, base):
     folder = run(method, "--method", method)
     model, description = load_adapted(last(folder, "adapters"))
     weights, start, averages = model.state_dict(), torch.load(base), state_of(folder)
@@ -168,12 +170,12 @@ def test_exactly_the_chosen_parameters_move(method, run, base):
     assert len(weights[TABLE]) == 5 + (2 if method == "finediffusion" else 1)
     assert description.step == 2 and description.trained == moved
     assert description.base == Base(str(base), sha256(base))
-    # base + adapter is the average of the training, bit for bit
+    # base + adapter is the EMA model, bit for bit
     averages = {n.removeprefix("average/"): t for n, t in averages.items() if n.startswith("average/")}
     assert averages.keys() == moved and all(torch.equal(weights[name], averages[name]) for name in moved)
 
 
-def test_the_average_follows_every_step(run):
+def test_the_ema_is_updated_at_every_step(run):
     folder = run("average", "--max-steps", 3, "--ckpt-every", 1, "--lr", 0.1)
     first, *later = (read_weights(path)[0] for path in sorted(folder.glob("states/*")))
     average = {name: tensor for name, tensor in first.items() if name.startswith("average/")}
@@ -184,7 +186,7 @@ def test_the_average_follows_every_step(run):
             assert torch.allclose(state[name], average[name], rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_random_in_a_step_is_set_by_seed_and_step():
+def test_random_draws_depend_on_seed_and_step_alone():
     def draw(seed, step, flip=True, dropout=0.1, null=0.0):
         return draw_step_noise(seed, step, 2000, (1, 2, 2), flip, dropout, null, "cpu")
 
@@ -201,32 +203,26 @@ def test_what_is_random_in_a_step_is_set_by_seed_and_step():
     assert not draw(0, 3, flip=False)["flip"].any() and (draw(0, 3, dropout=1, null=0.5)["drop"] == 1).all()
 
 
-# ---- the same numbers another way ----------------------------------------------------------------
+# ---- equal results another way -------------------------------------------------------------------
 
 
-def test_a_continued_run_is_the_unbroken_one(run):
-    unbroken = state_of(run("unbroken", "--max-steps", 7))  # over the end of an epoch
+def test_a_resumed_run_equals_the_uninterrupted_one(run):
+    unbroken = state_of(run("unbroken", "--max-steps", 7))  # beyond the end of an epoch
     stopped = run("stopped", "--max-steps", 3)
     assert not same(state_of(stopped), unbroken)
-    for name in ("folder", "state"):
-        shutil.copytree(stopped, stopped.parent / name)
-    folder = stopped.parent / "folder"
-    run("unused", "--max-steps", 7, "--resume", folder)
-    assert same(state_of(folder), unbroken)
-    run("unused", "--max-steps", 7, "--resume", stopped.parent / "state/states/0000003.safetensors")
-    assert same(state_of(stopped.parent / "state"), unbroken)
+    for name, source in (("folder", stopped), ("state", stopped / "states/0000003.safetensors")):
+        assert same(state_of(run(name, "--max-steps", 7, "--resume", source)), unbroken)  # a branch
     run("stopped", "--max-steps", 7)  # the same command
     assert same(state_of(stopped), unbroken)
-    assert not (stopped.parent / "unused").exists()
     assert [row["step"] for row in metrics(stopped)] == [3, 7]
     run("stopped", "--max-steps", 7)  # nothing left to do
     assert same(state_of(stopped), unbroken) and len(metrics(stopped)) == 2
 
 
-def test_random_weights_are_the_seeds(run):
+def test_random_weights_depend_on_the_seed_alone(run):
     flags = "--resume", "none", "--method", "bitfit"
     unbroken = run("random", *flags)
-    torch.manual_seed(123)  # what else was drawn in the process does not matter
+    torch.manual_seed(123)  # other draws of the process do not matter
     run("random-stopped", *flags, "--max-steps", 1)
     stopped = run("random-stopped", *flags)
     assert same(state_of(stopped), state_of(unbroken))
@@ -257,13 +253,13 @@ def test_cached_latents_give_the_losses_of_the_autoencoder(run, command, images6
     cached = run("cached", *flags, data=("--latents", tmp_path / "latents"))
     assert_same_losses(cached, looped, 1e-3)
     other = run("other", *flags, "--global-seed", 1, data=("--latents", tmp_path / "latents"))
-    with pytest.raises(AssertionError):  # the comparison would see another seed
+    with pytest.raises(AssertionError):  # the comparison detects another seed
         assert_same_losses(other, looped, 1e-3)
 
 
 # ---- where a run starts --------------------------------------------------------------------------
 
-STILL = "--lr", "1e-30"  # moves nothing: what was loaded is what is written
+STILL = "--lr", "1e-30"  # changes nothing: the loaded weights are written back
 
 
 def test_starts_from_an_official_checkpoint(run, official):
@@ -279,7 +275,7 @@ def test_starts_from_an_adapter(run, adapter, base, tmp_path):
     folder = run("adapted", "--resume", adapter, *STILL)
     before, after = read_weights(adapter), read_weights(last(folder, "adapters"))
     assert same(before[0], after[0]) and before[1].base == after[1].base
-    # other classes: a new table, N(0, std^2), all else as the adapter had it
+    # other classes: a new table, N(0, std^2); the rest is the adapter's
     fewer = write_images(tmp_path / "fewer", 8, {"birds": ("crow", "wren"), "fish": ("carp",)})
     folder = run("fewer", "--resume", adapter, *STILL, "--table-std", 3, data=("--data-path", fewer))
     tensors, description = read_weights(last(folder, "adapters"))

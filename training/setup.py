@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import nn
 
 from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.description import Base, ModelDescription
 from checkpoint.download import find_starting_weights
+from checkpoint.format import read_digest, read_weights
 from checkpoint.loading import build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
@@ -23,9 +25,11 @@ from models import DiT
 from runtime.device import DTYPES, resolve_precision
 from runtime.files import Lock, atomic_write
 from runtime.private import ddp_exchanged_bytes
-from runtime.processes import run_on_main, start_processes
+from runtime.processes import ask_main, run_on_main, start_processes
+from runtime.text import one_line
 from training import memory
 from training.batches import StepBatches
+from training.folder import lock_run_dir, move_aside, resolve_run_dir, write_launch
 from training.logger import MetricLogger
 from training.state import (
     DECISIVE_FLAGS,
@@ -33,8 +37,6 @@ from training.state import (
     latest_valid_state,
     load_run_base,
     load_state,
-    lock_run_dir,
-    resolve_run_dir,
 )
 from training.step import GuardedOptimizer
 
@@ -53,6 +55,7 @@ class Run:
     model        the DiT; its frozen weights may be in half precision
     wrapped      the model as DDP calls it
     parameters   the trained ones, by name
+    frozen       the model's other tensors, by name
     ema          their averages
     optimizer    AdamW, prepared by accelerate
     update       the optimizer's step with a guard against non-finite gradients
@@ -71,6 +74,7 @@ class Run:
     model: DiT
     wrapped: nn.Module
     parameters: dict[str, nn.Parameter]
+    frozen: dict[str, torch.Tensor]
     ema: EMA
     optimizer: AcceleratedOptimizer
     update: GuardedOptimizer
@@ -95,9 +99,11 @@ def begin(args: argparse.Namespace) -> Run:
 
     # Build the model, on its base weights or from the newest state:
     latent_size = autoencoder.latent_size(args.image_size)
-    description = describe(args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision)
-    path, tensors, saved = latest_valid_state(states, print if accelerator.is_main_process else lambda text: None)
-    torch.manual_seed(args.global_seed)
+    description = describe(
+        args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps
+    )
+    path, tensors, saved = choose_state(accelerator, states)
+    torch.manual_seed(saved.settings["global_seed"] if saved else args.global_seed)  # of frozen weights without a base
     model = build_model(description, args.class_dropout_prob)
     parameters = select(model, METHODS[args.method])
     if path:
@@ -115,12 +121,18 @@ def begin(args: argparse.Namespace) -> Run:
 
     # From here on the folder is ours:
     lock = run_on_main(accelerator, lock_run_dir, folder)
+    if not args.experiment:
+        run_on_main(accelerator, write_launch, folder)
     batches.start_step = description.step
-    open_row = load_state(path, tensors, saved, parameters, ema.average, optimizer) if path else None
+    frozen = {name: t for name, t in model.state_dict().items() if name not in parameters}
+    open_row = load_state(path, tensors, saved, parameters, frozen, ema.average, optimizer) if path else None
     if path and accelerator.scaler and saved.scaler:
         accelerator.scaler.load_state_dict(saved.scaler)
+    if path and saved.settings["global_batch_size"] != args.global_batch_size:
+        open_row = None  # it has the losses of another number of images per step
 
     # Start the log:
+    run_on_main(accelerator, move_aside, folder, description.step, print)
     stop = args.on_nonfinite == "stop"
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
     passes = args.grad_accum if not args.micro_batch else -(-batches.local_batch // args.micro_batch)
@@ -148,6 +160,7 @@ def begin(args: argparse.Namespace) -> Run:
         model,
         wrapped,
         parameters,
+        frozen,
         ema,
         optimizer,
         update,
@@ -164,8 +177,8 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
     """Return the accelerator, the run's folder, its states from new to old, and the precision in use."""
     process = start_processes()
     default_name = f"{args.model.replace('/', '-')}-{args.method}"
-    folder, states = resolve_run_dir(args.results_dir, args.experiment, args.resume, default_name)
-    process.wait_for_everyone()  # before any process makes the folder
+    place = args.results_dir, args.experiment, args.resume, default_name
+    folder, states = ask_main(process, lambda: resolve_run_dir(*place))  # others may see a stale listing
     precision = resolve_precision(args.mixed_precision, process.device)
     if precision != args.mixed_precision and process.is_main_process:
         print(f"{torch.cuda.get_device_name()} does not compute in {args.mixed_precision}: using {precision}.")
@@ -183,6 +196,38 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
             "DiT-XL/2 fits a GPU of 32 GB: launch with torchrun."
         )
     return accelerator, folder, states, precision
+
+
+def choose_state(
+    accelerator: Accelerator, states: list[Path]
+) -> tuple[Path | None, dict[str, torch.Tensor], ModelDescription | None]:
+    """Return the newest intact state as the main process sees it, with the same path and contents on all processes.
+
+    Raises ValueError on all processes if one of them cannot read it or reads another.
+    """
+    found = None, {}, None
+
+    def choose():
+        nonlocal found
+        found = latest_valid_state(states)
+        return (found[0], read_digest(found[0])) if found[0] else (None, None)
+
+    path, digest = ask_main(accelerator, choose)
+    problem = None
+    if path and not accelerator.is_main_process:
+        try:
+            if read_digest(path) != digest:
+                raise ValueError(f"{path} has another SHA-256 here")
+            found = path, *read_weights(path)
+        except (ValueError, OSError) as error:
+            problem = one_line(error)
+    problems = [text for text in gather_object([problem]) if text]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {accelerator.num_processes} processes cannot read {path} as the main process does "
+            f"({problems[0]}), expected one results folder for all: put --results-dir on a file system that the nodes share."
+        )
+    return found
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -223,12 +268,16 @@ def describe(
     channels: int,
     fingerprint: str | None = None,
     precision: str | None = None,
+    max_steps: int | None = None,
 ) -> ModelDescription:
     """Return the description of a run that has not begun.
 
-    fingerprint: of the data. precision: the one in use, if it is not --mixed-precision.
+    fingerprint  of the data
+    precision    the one in use, if it is not --mixed-precision
+    max_steps    length of the run, which decides the learning rates of a cosine schedule
     """
     settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
+    settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
     return ModelDescription(
         model=args.model,
         image_size=args.image_size,

@@ -1,4 +1,4 @@
-"""A run's folder, and the training states in it that the run resumes from exactly.
+"""Training states, from which a run resumes exactly.
 
 A state holds all that the rest of a training depends on: the trained parameters, their EMA, AdamW's moments and the
 losses of the open row of metrics. Its description holds the step, the epoch, the fp16 gradient scaler, the data and the
@@ -16,12 +16,12 @@ from torch import nn
 from checkpoint.description import STATE, ModelDescription
 from checkpoint.format import is_adapter, read_description, read_weights, save_safetensors
 from checkpoint.loading import load_base_weights, load_weights
-from checkpoint.torch_files import check_file
 from models import DiT
-from runtime.files import Lock
+from training.folder import is_run_or_state, list_states
 
 TENSOR_KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, one of each kind per parameter
-# the flags that decide a run's numbers; batch splits, the number of processes and the length of the run do not
+# the flags that decide a run's numbers; batch splits, the number of processes and the run's length (unless the learning
+# rate depends on it) do not
 DECISIVE_FLAGS = (
     "global_seed",
     "global_batch_size",
@@ -36,57 +36,6 @@ DECISIVE_FLAGS = (
     "null_prob",
     "mixed_precision",
 )
-
-
-# ---- the run's folder ----------------------------------------------------------------------------
-
-
-def resolve_run_dir(
-    results_dir: str | os.PathLike, experiment: str | None, resume: str | None, default_name: str
-) -> tuple[Path, list[Path]]:
-    """Return the run's folder, and its states from new to old.
-
-    resume        --resume; if it is a state or a run folder, that run is resumed
-    default_name  name of the folder after its number, if neither --experiment nor --resume decides
-
-    Raises ValueError if --resume is a folder without states, or a state that cannot be read.
-    """
-    if is_run_or_state(resume):
-        path = Path(resume)
-        if not path.is_dir():
-            check_file(path)
-            return path.parent.parent, [path]
-        states = list_states(path)
-        if not states:
-            raise ValueError(f"{path} has no training state, expected the folder of a run: check the path.")
-        return path, states
-    root = Path(results_dir)
-    if experiment:
-        return root / experiment, list_states(root / experiment)
-    numbers = [int(path.name[:3]) for path in root.glob("[0-9][0-9][0-9]-*")]
-    return root / f"{max(numbers, default=-1) + 1:03d}-{default_name}", []
-
-
-def is_run_or_state(resume: str | None) -> bool:
-    """Return whether --resume is a run folder or a training state, not weights to start from."""
-    return bool(resume) and (Path(resume).is_dir() or Path(resume).parent.name == "states")
-
-
-def list_states(folder: Path) -> list[Path]:
-    """Return the states of a run from new to old."""
-    return sorted(folder.glob("states/*.safetensors"), reverse=True)
-
-
-def lock_run_dir(folder: Path) -> Lock:
-    """Keep other launches out of the folder, and delete unfinished files that a killed run left there.
-
-    Raises ValueError if another process trains in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder, "training in", "--experiment")
-    for part in (*folder.rglob(".*.part"), *folder.rglob(".tmp??????")):  # of `atomic_write`, of safetensors
-        part.unlink()
-    return lock
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -132,10 +81,11 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
                 f"{path} was started with --{key.replace('_', '-')} {before}, found {now}: resume with the settings it was "
                 "started with."
             )
+    old = "max_steps" not in saved.settings  # written before the length was recorded
     changes = [
         f"--{name.replace('_', '-')} {saved.settings.get(name)} (now {value})"
         for name, value in current.settings.items()
-        if saved.settings.get(name) != value
+        if saved.settings.get(name) != value and not (name == "max_steps" and old)
     ]
     changes += ["other images or labels"] if saved.data != current.data else []
     if changes and not allow_changes:
@@ -171,16 +121,19 @@ def load_state(
     tensors: dict[str, torch.Tensor],
     description: ModelDescription,
     parameters: dict[str, nn.Parameter],
+    frozen: dict[str, torch.Tensor],
     averages: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, torch.Tensor]:
     """Restore parameters, EMA and moments from a state, and return the losses of its open row of metrics.
 
+    frozen: the model's other tensors, by name; restored if the run has no base.
+
     Raises ValueError if the state belongs to another model or method.
     """
     open_row = {name.removeprefix("row/"): t for name, t in tensors.items() if name.startswith("row/")}
     expected = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in TENSOR_KINDS}
-    if {name: t.shape for name, t in tensors.items() if not name.startswith("row/")} != expected:
+    if {name: t.shape for name, t in tensors.items() if not name.startswith(("row/", "frozen/"))} != expected:
         raise ValueError(
             f"{path} is not a training state of this model and method: resume with the settings it was started with."
         )
@@ -189,6 +142,9 @@ def load_state(
         averages[name].copy_(tensors[f"average/{name}"])
         moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.tensor(float(description.updates), device=p.device), **moments}
+    for name, p in frozen.items():
+        if f"frozen/{name}" in tensors:  # absent with a base, and from states written before these were kept
+            p.copy_(tensors[f"frozen/{name}"])
     return open_row
 
 
@@ -199,6 +155,7 @@ def load_state(
 def save_state(
     path: Path,
     parameters: dict[str, nn.Parameter],
+    frozen: dict[str, torch.Tensor],
     averages: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     open_row: dict[str, torch.Tensor],
@@ -206,6 +163,7 @@ def save_state(
 ):
     """Write a training state.
 
+    frozen       the model's other tensors, by name; written if the run has no base to take them from
     averages     EMA of the parameters, by name
     open_row     losses of the open row of metrics, see `training.logger.LossGuard`
     description  of the run at this step, with epoch and scaler
@@ -215,16 +173,13 @@ def save_state(
     moments = {name: optimizer.state[p] for name, p in parameters.items()}
     tensors |= {f"{key}/{name}": m[key] for name, m in moments.items() for key in ("exp_avg", "exp_avg_sq")}
     tensors |= {f"row/{name}": t for name, t in open_row.items()}
+    tensors |= {} if description.base else {f"frozen/{name}": t for name, t in frozen.items()}
     updates = max(int(m["step"].item()) for m in moments.values())  # fewer than steps, if some were skipped
     save_safetensors(path, tensors, replace(description, format=STATE, updates=updates))
 
 
 def delete_old_states(path: Path, count: int):
-    """Keep the state at `path`, written last, and the `count - 1` before it; delete the others.
-
-    States of later steps are deleted too: the run was resumed before them.
-    """
+    """Keep the state at `path` and the `count - 1` before it; delete those before them."""
     states = list_states(path.parent.parent)
-    index = states.index(path)
-    for other in states[:index] + states[index + count :]:
+    for other in states[states.index(path) + count :]:
         os.unlink(other)

@@ -4,7 +4,7 @@ Shapes: B images of the global batch, n images of this process, latents (n, C, h
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import numpy as np
@@ -83,14 +83,15 @@ def forward_backward(
     accelerator: Accelerator,
     model: nn.Module,
     diffusion: GaussianDiffusion,
-    latents: torch.Tensor,
+    latents: Callable[[slice], torch.Tensor],
     labels: torch.Tensor,
     noise: dict[str, torch.Tensor],
     passes: int = 1,
 ) -> torch.Tensor:
     """Add the gradients of a step to the parameters, and return the terms (4, n): loss, mse, vb, timestep of each image.
 
-    latents  (n, C, h, w)
+    latents  latents (m, C, h, w) of a slice of the images; called once per forward pass, so that the autoencoder never
+             encodes more images at once than the network sees
     labels   class labels, int64 (n,)
     noise    the rows of this process from `draw_step_noise`
     passes   number of forward passes; processes exchange gradients in the last one only
@@ -101,11 +102,11 @@ def forward_backward(
     size = -(-n // passes)  # images per forward pass
     for first in range(0, n, size):
         rows = slice(first, first + size)
-        t, drop = noise["t"][rows], noise["drop"][rows]
+        t, drop, x_start = noise["t"][rows], noise["drop"][rows], latents(rows)
         with nullcontext() if rows.stop >= n else accelerator.no_sync(model):
             with accelerator.autocast():
                 inputs = {"y": labels[rows], "force_drop_ids": drop}
-                losses = diffusion.training_losses(model, latents[rows], t, inputs, noise["noise"][rows])
+                losses = diffusion.training_losses(model, x_start, t, inputs, noise["noise"][rows])
             loss = losses["loss"].sum() / n
             accelerator.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
         terms.append(torch.stack([losses["loss"], losses["mse"], losses["vb"], t.float()]).detach())

@@ -84,8 +84,11 @@ class Run:
         save_adapter(path, self.ema.average, self.model, self.description, **options)
         return path
 
+    def frozen(self):
+        return {name: t for name, t in self.model.state_dict().items() if name not in self.chosen}
+
     def save_state(self, path):
-        save_state(path, self.chosen, self.ema.average, self.optimizer, KEPT, self.description)
+        save_state(path, self.chosen, self.frozen(), self.ema.average, self.optimizer, KEPT, self.description)
         return path
 
     def go_on_from(self, path):
@@ -97,7 +100,7 @@ class Run:
         return self
 
     def load(self, path, tensors, saved):
-        return load_state(path, tensors, saved, self.chosen, self.ema.average, self.optimizer)
+        return load_state(path, tensors, saved, self.chosen, self.frozen(), self.ema.average, self.optimizer)
 
     def everything(self):
         """All tensors that the next step depends on, or that it writes."""

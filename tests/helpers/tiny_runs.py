@@ -1,9 +1,9 @@
-"""Trainings of a few steps: their flags, and all that they leave."""
+"""Training runs of a few steps: flags and outcomes."""
 
 import json
 
 from checkpoint.format import read_weights
-from training.state import list_states
+from training.folder import list_states
 
 TINY = (
     "--model DiT-Ti/2 --vae none --image-size 8 --global-batch-size 4 --num-workers 0 --lr 1e-3 --ema-decay 0.5".split()
@@ -13,7 +13,7 @@ SPEEDS = ("steps_per_s", "images_per_s", "memory_gb")
 
 
 def outcome(folder):
-    """All that a run leaves but for the times, by name: its last state, its adapters, its grids and the rows of losses."""
+    """Return the results of a run by name, without times: last state, adapters, sample grids and rows of metrics."""
     found = {path.name: path.read_bytes() for path in folder.glob("samples/[0-9]*")}
     for path in (list_states(folder)[0], *folder.glob("adapters/[0-9]*")):
         tensors, description = read_weights(path)
@@ -27,5 +27,6 @@ def outcome(folder):
 
 
 def differences(folder, expected):
+    """Return the names of the results that differ from an earlier `outcome`."""
     found = outcome(folder)
     return [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]

@@ -17,7 +17,7 @@ from dataset import latents
 from dataset.latents import LatentData
 from evaluation.image_sets import open_set
 from evaluation.metrics import Gaussian
-from evaluation.npz_sets import save_statistics
+from evaluation.saved_statistics import save_statistics
 from finetune import METHODS, select
 from models import DiT_models
 from runtime.files import sha256
@@ -118,7 +118,7 @@ def state(path, seed=0, **changes):
         p.grad = torch.randn(p.shape)
     optimizer.step()
     averages = {name: p * 0.5 for name, p in parameters.items()}
-    save_state(path, parameters, averages, optimizer, {"terms": torch.ones(2)}, described(**changes))
+    save_state(path, parameters, {}, averages, optimizer, {"terms": torch.ones(2)}, described(**changes))
     return path
 
 
@@ -177,13 +177,13 @@ def whole(tiny, tmp_path):
 
     base_hash = sha256(base)
     cases = {
-        "state": Case(state(tmp_path / "7.safetensors"), read_state, "are damaged|was begun with", others),
+        "state": Case(state(tmp_path / "7.safetensors"), read_state, "are damaged|was started with", others),
         "adapter": Case(path, load_adapted, "is damaged", []),
         "base": Case(base, read_base, "is not the base of", [other]),
         "statistics": Case(statistics(tmp_path / "s.npz"), read_statistics, "is damaged", []),
     }
     for name in LATENTS:
-        words = "is (not as it was written|of format)"
+        words = "is (damaged|of format)"
         cases[name] = Case(here / name, lambda path: LatentData(path.parent).verify(), words, [there / name])
     return cases
 
@@ -230,9 +230,7 @@ def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
         path, tensors, description = latest_valid_state([newest, before], said.append)
         assert path == before and same(tensors, expected) and description.step == 7
         assert (
-            len(said) == 1
-            and "8.safetensors is damaged" in said[0]
-            and said[0].endswith("The state before it is used.")
+            len(said) == 1 and "8.safetensors is damaged" in said[0] and said[0].endswith("Using the state before it.")
         )
     figure(f"{count} of {count}")
 

@@ -23,7 +23,8 @@ from helpers.tiny_runs import SAVING, differences, outcome
 import train
 from checkpoint import format
 from training import logger
-from training.state import latest_valid_state, list_states
+from training.folder import list_states
+from training.state import latest_valid_state
 
 FLAGS = [*SAVING, *"--num-workers 1 --preview-images 2 --keep-states 1".split()]
 

@@ -23,7 +23,8 @@ from checkpoint.format import read_weights
 from dataset.latents import LatentData
 from tools import encode_latents
 from training import state
-from training.state import latest_valid_state, list_states
+from training.folder import list_states
+from training.state import latest_valid_state
 
 FLAGS = [*SAVING, "--preview-images", "2"]
 PAGE, PATIENT = 4096, {"patience": 60}  # when one process fails, the others have to leave by themselves

@@ -23,7 +23,7 @@ from hierarchy import Hierarchy
 from runtime.text import shorten
 from tools import encode_latents
 from training.batches import StepBatches
-from training.state import list_states
+from training.folder import list_states
 from training.step import GuardedOptimizer, draw_step_noise
 
 FLAGS = [*SAVING, "--preview-images", "0"]
@@ -256,7 +256,7 @@ def test_a_step_can_be_passed_over(kind, run):
     states = [read_weights(path) for path in reversed(list_states(run.root / f"skip-{kind}"))]
     before, after = states[3][0], states[4][0]
     kept = [name for name in before if name.startswith(("now/", "exp_avg/", "exp_avg_sq/"))]
-    assert all(before[name].equal(after[name]) for name in kept) and states[4][1]["updates"] == 4
+    assert all(before[name].equal(after[name]) for name in kept) and states[4][1].updates == 4
     assert not any(before[name].equal(states[5][0][name]) for name in kept)
     rows = [json.loads(line) for line in (run.root / f"skip-{kind}/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 0] and rows[2]["loss"] > 0

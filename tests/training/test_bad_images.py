@@ -1,4 +1,4 @@
-"""Folders of images that are odd: train.py passes over what is none, names what it cannot read, warns, or converts."""
+"""Unusual folders of images: train.py ignores other files, warns, replaces unreadable images and converts formats."""
 
 import io
 import multiprocessing
@@ -20,19 +20,19 @@ from hierarchy import Hierarchy
 PIXELS = "--model DiT-Ti/2 --vae none --image-size 8 --num-workers 0 --preview-images 0 --max-steps 1".split()
 
 
-def some_noise(width, height):
+def random_pixels(width, height):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def encoded(kind):
     stream = io.BytesIO()
-    Image.fromarray(some_noise(64, 48)).save(stream, kind)
+    Image.fromarray(random_pixels(64, 48)).save(stream, kind)
     return stream.getvalue()
 
 
 @pytest.fixture
 def trained(command, base, images, tmp_path):
-    """trained(change, *flags): what train.py says of a step with all images, after change(folder of them)."""
+    """trained(change, *flags) -> result of one step of train.py on all images, after change(image folder)."""
 
     def trained(change, *flags):
         change(shutil.copytree(images, tmp_path / "pets"))
@@ -45,7 +45,7 @@ def trained(command, base, images, tmp_path):
     return trained
 
 
-# ---- what is no image, and names --------------------------------------------------------------------------------------
+# ---- other files, and names --------------------------------------------------------------------------------------
 
 
 def hidden_files(pets):
@@ -70,14 +70,16 @@ def numbered(pets):
         shutil.copy(pets / "dogs/2/0.png", pets / f"dogs/2/{i + 4}.png")
 
 
-TOLD = {  # name: (what happens to the folder, words of a line of train.py)
+MESSAGES = {  # name: (change to the folder, words of a line of the log)
     "hidden files": (
         hidden_files,
-        "Ignored entries that are not images in a class folder: 7 ('.DS_Store', '.ipynb_checkpoints', 'cats/.DS_Store' and 4 more)",
+        "Ignored entries that are not images in a class folder: 7 "
+        "('.DS_Store', '.ipynb_checkpoints', 'cats/.DS_Store' and 4 more)",
     ),
-    "links in a circle and to nothing": (
+    "circular and broken links": (
         links,
-        "Ignored entries that are not images in a class folder: 3 ('cats/manx/gone.png', 'cats/manx/itself.png', 'cats/manx/loop')",
+        "Ignored entries that are not images in a class folder: 3 "
+        "('cats/manx/gone.png', 'cats/manx/itself.png', 'cats/manx/loop')",
     ),
     "folders 1, 10, 2": (
         numbered,
@@ -87,15 +89,15 @@ TOLD = {  # name: (what happens to the folder, words of a line of train.py)
 
 
 @pytest.mark.reliability(*ODD)
-@pytest.mark.parametrize("name", TOLD)
-def test_what_is_told_of_a_folder(name, trained):
-    change, words = TOLD[name]
+@pytest.mark.parametrize("name", MESSAGES)
+def test_unusual_entries_are_logged(name, trained):
+    change, words = MESSAGES[name]
     result = trained(change)
     assert result.code == 0 and words in result.out, result.err + result.out
     assert "20 images," in result.out and "Unreadable" not in result.out
 
 
-# ---- images that cannot be read ---------------------------------------------------------------------------------------
+# ---- unreadable images ---------------------------------------------------------------------------------------
 
 UNREADABLE = {
     "zero bytes": lambda path: path.write_bytes(b""),
@@ -109,14 +111,14 @@ UNREADABLE = {
 
 @pytest.mark.reliability(*ODD)
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_another_of_its_class_is_shown_and_the_image_named(name, trained):
+def test_an_unreadable_image_is_named_and_replaced_by_one_of_its_class(name, trained):
     result = trained(lambda pets: UNREADABLE[name](pets / "cats/manx/0.png"))
     assert result.code == 0, result.err
     assert "Unreadable images were replaced by others of their classes: 'cats/manx/0.png' (1 so far)" in result.out
 
 
 @pytest.mark.reliability(*ODD)
-def test_too_many_images_that_cannot_be_read(trained, tmp_path):
+def test_too_many_unreadable_images_stop_the_run(trained, tmp_path):
     def change(pets):
         for i, spoil in enumerate((UNREADABLE["zero bytes"], UNREADABLE["HTML"])):
             spoil(pets / f"cats/manx/{i}.png")
@@ -130,7 +132,7 @@ def test_too_many_images_that_cannot_be_read(trained, tmp_path):
 
 
 @pytest.mark.reliability(*ODD)
-def test_a_class_of_which_no_image_can_be_read(trained, tmp_path):
+def test_a_class_without_readable_images_stops_the_run(trained, tmp_path):
     def change(pets):
         for i in range(4):
             UNREADABLE["zero bytes"](pets / f"cats/manx/{i}.png")
@@ -140,8 +142,8 @@ def test_a_class_of_which_no_image_can_be_read(trained, tmp_path):
     assert not list(tmp_path.glob("out/*/*/*")) and not multiprocessing.active_children()
 
 
-def test_workers_end_with_the_run_whatever_ends_it(trained, monkeypatch):
-    """Python waits at its exit for those that are left, and they are deaf to the signal by which it would end them."""
+def test_workers_end_with_the_run_after_any_error(trained, monkeypatch):
+    """Otherwise Python waits for them at exit, since they ignore the signal that it sends them."""
 
     def fails(*_):
         raise RuntimeError
@@ -153,7 +155,7 @@ def test_workers_end_with_the_run_whatever_ends_it(trained, monkeypatch):
 
 
 def memory_of(function, *arguments):
-    """Megabytes that a call takes at its highest, in a process of its own; at most 255."""
+    """Return the peak memory of a call in MB, at most 255, measured in a forked process."""
     child = os.fork()
     if not child:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -170,8 +172,8 @@ def refused_crop(path):
 
 
 @pytest.mark.reliability(*ODD)
-def test_a_picture_of_400_million_pixels_takes_no_memory(tmp_path):
-    write_png(tmp_path / "small.png", 8000, 8000, depth=1)  # which is read: 64 MB
+def test_an_image_of_400_million_pixels_takes_no_memory(tmp_path):
+    write_png(tmp_path / "small.png", 8000, 8000, depth=1)  # is read: 64 MB
     write_png(tmp_path / "image.jpg", 20_000, 20_000, depth=1)
     assert (tmp_path / "image.jpg").stat().st_size < 1e6
     assert memory_of(read_crop, tmp_path / "small.png", 8) > 50
@@ -179,11 +181,11 @@ def test_a_picture_of_400_million_pixels_takes_no_memory(tmp_path):
     refused_crop(tmp_path / "image.jpg")
 
 
-# ---- images of other kinds --------------------------------------------------------------------------------------------
+# ---- image formats --------------------------------------------------------------------------------------------
 
 GREY = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # (64, 64)
 COLOURS = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)
-KINDS = {  # name of the file: (how it is written, the picture that it is)
+FORMATS = {  # file name: (function that writes it, expected pixels)
     "rgb16.png": (lambda path: write_png(path, 64, 64, 16, (COLOURS.astype(">u2") * 257).astype(">u2")), COLOURS),
     "grey16.png": (lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), GREY),
     "grey16.tif": (lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), GREY),
@@ -194,12 +196,12 @@ KINDS = {  # name of the file: (how it is written, the picture that it is)
 
 
 @pytest.mark.reliability(*ODD)
-@pytest.mark.parametrize("name", KINDS)
-def test_pictures_of_other_kinds_are_converted_rightly(name, tmp_path):
-    write, picture = KINDS[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_image_formats_are_converted_correctly(name, tmp_path):
+    write, expected = FORMATS[name]
     (tmp_path / "manx").mkdir()
     write(tmp_path / "manx" / name)
     pixels, _, shown = ImageData(tmp_path, Hierarchy(("manx",), ("cats",), [0]), 64)[0]
-    expected = np.broadcast_to(picture.reshape(64, 64, -1), (64, 64, 3)).astype(int)
+    expected = np.broadcast_to(expected.reshape(64, 64, -1), (64, 64, 3)).astype(int)
     levels = ((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.int).numpy()
     assert shown == 0 and abs(levels - expected).max() <= (2 if name.endswith("jpg") else 1)

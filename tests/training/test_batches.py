@@ -1,11 +1,11 @@
-"""The order of a training: a function of seed and step, whatever the number of processes and wherever a run goes on."""
+"""The data order: a function of seed and step, whatever the number of processes and wherever a run resumes."""
 
 import pytest
 
 from training.batches import StepBatches
 
 
-def test_an_epoch_is_a_permutation_less_the_incomplete_batch():
+def test_an_epoch_is_a_permutation_without_the_incomplete_batch():
     steps = list(StepBatches(n=23, global_batch=4, seed=1, max_steps=15))
     assert len(steps) == 15 and {len(rows) for rows in steps} == {4}
     epochs = [sum(steps[e * 5 : e * 5 + 5], []) for e in range(3)]
@@ -14,17 +14,17 @@ def test_an_epoch_is_a_permutation_less_the_incomplete_batch():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_resume_and_another_world_see_the_same_steps():
-    whole = list(StepBatches(50, 12, seed=3, max_steps=11))
-    assert list(StepBatches(50, 12, 3, start_step=6, max_steps=11)) == whole[6:]
+def test_resumed_runs_and_other_numbers_of_processes_see_the_same_steps():
+    steps = list(StepBatches(50, 12, seed=3, max_steps=11))
+    assert list(StepBatches(50, 12, 3, start_step=6, max_steps=11)) == steps[6:]
     for world in (2, 3, 4):
         parts = [StepBatches(50, 12, 3, rank, world, max_steps=11) for rank in range(world)]
-        assert [sum(rows, []) for rows in zip(*parts)] == whole
+        assert [sum(rows, []) for rows in zip(*parts)] == steps
     endless = iter(StepBatches(50, 12, 3))
-    assert [next(endless) for _ in range(11)] == whole
+    assert [next(endless) for _ in range(11)] == steps
 
 
-def test_seed_and_epoch_both_count_and_are_not_exchanged():
+def test_seed_and_epoch_give_distinct_orders():
     orders = [
         next(iter(StepBatches(100, 100, seed, start_step=epoch))) for seed in (0, 1, 2, 2**32 - 1) for epoch in (0, 1)
     ]
@@ -32,7 +32,7 @@ def test_seed_and_epoch_both_count_and_are_not_exchanged():
     assert all(sorted(rows) == list(range(100)) for rows in orders)
 
 
-def test_the_order_stays_the_same_between_releases():
+def test_the_order_is_the_same_in_all_releases():
     assert list(StepBatches(10, 5, seed=0, max_steps=3)) == [[6, 3, 1, 5, 8], [7, 0, 2, 9, 4], [4, 8, 5, 0, 7]]
 
 
@@ -53,6 +53,6 @@ def test_length():
         (dict(n=99, global_batch=9, seed=2**32), "expected 0 to 4294967295"),
     ],
 )
-def test_batches_that_cannot_be(arguments, words):
+def test_impossible_batches_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         StepBatches(**arguments)

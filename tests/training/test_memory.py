@@ -1,4 +1,4 @@
-"""What a run takes: of a GPU's memory, said before the first step, and of the disk."""
+"""The resources of a run: the forecast of GPU memory, and file sizes."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,18 +21,18 @@ SHARED = ROOT.parent / "shared/data/inat2021_categories.csv"
 
 
 def test_saved_bytes_of_a_linear_layer():
-    """A product x w^T keeps x for the gradient of w, and w, a parameter, for that of x."""
+    """A product x w^T saves x for the gradient of w, and the parameter w for the gradient of x."""
     layer = torch.nn.Linear(8, 4)
     x = torch.ones(16, 8)
     assert memory.saved_bytes(lambda: layer(x), layer) == x.nbytes
     layer.weight.requires_grad_(False)
     assert memory.saved_bytes(lambda: layer(x), layer) == 0
     square = torch.ones(16, 8, requires_grad=True)
-    assert memory.saved_bytes(lambda: square**2 + square.sin(), layer) == square.nbytes  # kept twice, counted once
+    assert memory.saved_bytes(lambda: square**2 + square.sin(), layer) == square.nbytes  # saved twice, counted once
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_activations_grow_with_the_images(images):
+def test_activations_grow_linearly_with_the_images(images):
     model = tiny_dit().train()
     select(model, METHODS["finediffusion"])
     ones = torch.zeros(images, dtype=torch.long)
@@ -42,7 +42,7 @@ def test_activations_grow_with_the_images(images):
 
 
 def test_copies_of_trained_weights_are_counted_once():
-    """Under autocast full fine-tuning keeps half-precision copies of the matrices, whatever the number of images."""
+    """Under autocast full fine-tuning saves half-precision copies of the matrices, for any number of images."""
     model = tiny_dit().train()
     select(model, METHODS["full"])
     _, per_pass = memory.activation_bytes(model, lambda: torch.autocast("cpu", torch.bfloat16))
@@ -51,8 +51,8 @@ def test_copies_of_trained_weights_are_counted_once():
     assert per_pass == pytest.approx(2 * sum(model.get_parameter(name).numel() for name in names), rel=0.02)
 
 
-def test_frozen_matrices_keep_no_activations():
-    """Saved activations of a DiT-S/4 of 256 pixels: those of FineDiffusion over those of full fine-tuning."""
+def test_frozen_matrices_save_no_activations():
+    """FineDiffusion saves at most 0.70 of the bytes of full fine-tuning, for DiT-S/4 at 256 pixels."""
     saved = {}
     for method in ("finediffusion", "full"):
         model = DiT_models["DiT-S/4"](num_classes=4).train()
@@ -63,7 +63,7 @@ def test_frozen_matrices_keep_no_activations():
     assert saved["finediffusion"] / saved["full"] <= 0.70
 
 
-def test_the_forecast_counts_what_is_kept():
+def test_the_forecast_counts_weights_trained_parameters_and_activations():
     model = tiny_dit()
     trained = select(model, METHODS["bitfit"])
     need = memory.forecast_bytes(model, trained, per_image=1000, per_pass=500, images=8)
@@ -74,7 +74,7 @@ def test_the_forecast_counts_what_is_kept():
     assert half["weights"] == (need["weights"] - 40) / 2 + 40 + 440
 
 
-def test_too_little_memory_names_the_flag():
+def test_the_forecast_advises_if_memory_is_insufficient():
     need = {"weights": 10 * memory.GIB, "activations": 32 * memory.GIB}
     enough = memory.describe_forecast(need, memory.GIB, 32, capacity=80 * memory.GIB)
     assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
@@ -87,7 +87,7 @@ def test_too_little_memory_names_the_flag():
     assert " of " not in memory.describe_forecast(need, memory.GIB, 32)
 
 
-def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch):
+def test_running_out_of_gpu_memory_advises_too(command, images, base, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7"
@@ -101,12 +101,12 @@ def test_a_full_gpu_names_the_flag(command, images, base, tmp_path, monkeypatch)
     assert "--micro-batch 10" in sentence and "--grad-checkpointing" in sentence
 
 
-# ---- the disk ------------------------------------------------------------------------------------
+# ---- file sizes ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Sizes in bytes of the files of a DiT-XL/2 on iNaturalist, with names where they are at hand."""
+    """File sizes in bytes for DiT-XL/2 on iNaturalist, with class names if the list of them is available."""
     folder, hierarchy = tmp_path_factory.mktemp("xl"), Hierarchy.load("inat2021")
     if SHARED.is_file():
         rows = SHARED.read_text().splitlines()[1:]
@@ -134,19 +134,19 @@ def written(tmp_path_factory):
     parameters = {name: torch.nn.Parameter(zero.clone()) for name, zero in zeros.items()}
     optimizer = torch.optim.AdamW(parameters.values())
     optimizer.state = {p: {"step": torch.ones(()), "exp_avg": p + 0, "exp_avg_sq": p + 0} for p in parameters.values()}
-    kept = {"terms": torch.zeros(100, 4, 256), "norms": torch.zeros(100)}
-    save_state(folder / "state", parameters, zeros, optimizer, kept, replace(description, epoch=0))
+    open_row = {"terms": torch.zeros(100, 4, 256), "norms": torch.zeros(100)}
+    save_state(folder / "state", parameters, {}, zeros, optimizer, open_row, replace(description, epoch=0))
     total = sum(p.numel() for p in model.parameters())
     return {path.name: path.stat().st_size for path in folder.iterdir()} | {"parameters": total}
 
 
-def test_bytes_of_adapters_and_states(written):
+def test_sizes_of_adapters_and_states(written):
     assert written["fp32"] <= 48.7e6 and written["bf16"] <= 24.4e6
-    # the official checkpoint: the model, its average, and two moments of what is trained, in float32
+    # the official checkpoint: model, EMA, and two moments of the trained parameters, in float32
     official = 4 * (2 * written["parameters"] + 2 * 12_153_632)
     assert written["state"] <= official / 28
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason="the names of iNaturalist are not in the repository")
-def test_names_of_iNaturalist_in_an_adapter(written):
-    assert 48_614_528 + 80_000 < written["fp32"] <= 48.7e6  # they are in there
+@pytest.mark.skipif(not SHARED.is_file(), reason="the class names of iNaturalist are not in the repository")
+def test_an_adapter_holds_the_class_names_of_inaturalist(written):
+    assert 48_614_528 + 80_000 < written["fp32"] <= 48.7e6

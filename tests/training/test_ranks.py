@@ -1,4 +1,4 @@
-"""The same numbers on any number of processes, from a batch in parts, and from a run that goes on on other processes."""
+"""Equal results on any number of processes, in several forward passes, and after resuming on other processes."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ import train
 from checkpoint.format import read_weights
 from training import logger
 
-STEPS, EPOCH = 20, 5  # of 20 images in batches of 4: an epoch leaves none out
+STEPS, EPOCH = 20, 5  # 20 images in batches of 4: an epoch has all of them
 
 
 @pytest.fixture(scope="module")
 def run(images, base, tmp_path_factory):
-    """run(name, *flags, world=1) -> the folder of a run of 20 steps, whose images are in `shown`, see `record`."""
+    """run(name, *flags, world=1) -> the folder of a run of 20 steps, with the file `shown` that `record` writes."""
     root = tmp_path_factory.mktemp("ranks")
 
     def run(name, *flags, world=1):
@@ -36,7 +36,7 @@ def one(run):
 
 
 def record(folder):
-    """Have each process add a line to `shown` at every step: step, rank and its images, of which pixels were read."""
+    """Make each process add a line to the file `shown` at every step: step, rank, and the images that it trained on."""
 
     def prepare(rank):
         add, steps = logger.MetricLogger.add_step, itertools.count(1)
@@ -53,15 +53,16 @@ def record(folder):
 
 
 def shown(folder):
-    """{step: names of its images, by rank}"""
+    """Return {step: names of its images, in the order of ranks}."""
     lines = sorted(json.loads(line) for line in (folder / "shown").read_text().splitlines())
     return {step: sum((names for _, _, names in ranks), []) for step, ranks in itertools.groupby(lines, lambda x: x[0])}
 
 
 def state(folder, step, kind):
-    """{name: tensor} of one kind (see runs.KINDS) in the state of a step, without the biases of keys.
+    """Return {name: tensor} of one kind, of training.state.TENSOR_KINDS, in the state of a step.
 
-    The softmax does not see those: their gradient is a rounding error, which AdamW enlarges to a step.
+    Biases of keys are set to 0. The softmax is invariant to them: their gradient is a rounding error, which AdamW scales
+    up to a full step.
     """
     tensors = read_weights(folder / f"states/{step:07d}.safetensors")[0]
     for name, tensor in tensors.items():
@@ -71,22 +72,22 @@ def state(folder, step, kind):
 
 
 def pairs(ours, theirs):
-    """The tensors of two dicts with the same names, none of them zero."""
+    """Return pairs of tensors with the same name; all must be non-zero."""
     assert ours.keys() == theirs.keys() and all(tensor.norm() > 0 for tensor in theirs.values())
     return [(ours[name], theirs[name]) for name in theirs]
 
 
 def gradient_error(ours, theirs):
-    """Largest relative distance of a parameter's gradient at the first step, of two runs' folders.
+    """Return the largest relative error of a parameter's gradient at the first step of two runs.
 
-    AdamW's first moment after one step from zero is a tenth of the gradient.
+    The gradients come from AdamW's first moment, which is a tenth of them after the first step.
     """
     both = pairs(state(ours, 1, "exp_avg"), state(theirs, 1, "exp_avg"))
     return max(((a - b).norm() / b.norm()).item() for a, b in both)
 
 
 def weight_error(ours, theirs):
-    """Largest distance of a single weight, or of its average, after the last step."""
+    """Return the largest difference of a single weight, or of its EMA, after the last step."""
     return max(
         (a - b).abs().max().item()
         for kind in ("now", "average")
@@ -101,7 +102,7 @@ def losses(folder):
 
 
 @pytest.mark.reliability("R7", "gradients and weights after 20 steps on 2 and 4 ranks, beside those on one")
-def test_every_number_of_processes_gives_the_same(run, one, cases, figure):
+def test_results_do_not_depend_on_the_number_of_processes(run, one, cases, figure):
     gradient = weight = 0
     for seed in range(cases(1, full=5)):
         one = run(f"seed{seed}", "--global-seed", seed) if seed else one
@@ -116,7 +117,7 @@ def test_every_number_of_processes_gives_the_same(run, one, cases, figure):
 
 
 @pytest.mark.reliability("R7", "2 -> 1 -> 4 ranks on resume, and other orders, left in the midst of epochs")
-def test_another_number_of_processes_goes_on(run, one, images, cases, figure):
+def test_a_run_resumes_on_another_number_of_processes(run, one, images, cases, figure):
     everything, weight = sorted(str(path.relative_to(images)) for path in images.rglob("*.png")), 0
     orders, draw = [(2, 1, 4), (1, 4, 2), (4, 2, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)], random.Random(0)
     orders = orders[: cases(1, full=6)]
@@ -135,7 +136,7 @@ def test_another_number_of_processes_goes_on(run, one, images, cases, figure):
     figure(f"{len(orders)} orders, {STEPS // EPOCH} epochs: every image once in each, weights within {weight:.1e}")
 
 
-def test_a_batch_in_parts_is_the_batch(run, one):
-    parts = run("parts", "--grad-accum", 3)
-    assert gradient_error(parts, one) <= 1e-6 and weight_error(parts, one) <= 5e-6
-    assert losses(parts) == pytest.approx(losses(one), rel=1e-5)
+def test_several_forward_passes_give_the_result_of_one(run, one):
+    passes = run("passes", "--grad-accum", 3)
+    assert gradient_error(passes, one) <= 1e-6 and weight_error(passes, one) <= 5e-6
+    assert losses(passes) == pytest.approx(losses(one), rel=1e-5)

@@ -1,4 +1,4 @@
-"""A run that is asked to leave, damaged or moved goes on as if nothing had happened, or says why it cannot."""
+"""A run that was stopped, damaged or changed resumes with equal results, or is refused with the reason."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from checkpoint.format import read_weights
 from runtime.device import resolve_precision
 from runtime.signals import Signals
 from training import logger
-from training.state import list_states
+from training.folder import list_states
 
 FLAGS = [*SAVING, *"--preview-images 0 --max-steps 8".split()]
 
 
 @pytest.fixture(scope="module")
 def flags(images, base, tmp_path_factory):
-    """flags(name, *more) -> those of a run of eight steps."""
+    """flags(name, *more) -> the flags of a run of eight steps."""
     root = tmp_path_factory.mktemp("runs")
 
     def flags(name, *more):
@@ -41,15 +41,15 @@ def unbroken(command, flags):
     return flags.root / "unbroken"
 
 
-def numbers(folder):
-    """(weights, averages and moments by name, rows of metrics but for the times)."""
+def results(folder):
+    """Return (tensors of the last state, rows of metrics without speeds)."""
     tensors, _ = read_weights(list_states(folder)[0])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return tensors, [{key: value for key, value in row.items() if key not in SPEEDS} for row in rows]
 
 
 def at_step(monkeypatch, step, action):
-    """Have `action()` called once, when the losses of `step` (from 1) have been added."""
+    """Call `action()` once, after the losses of `step` (from 1) are added."""
     add, calls = logger.MetricLogger.add_step, []
 
     def added(log, *arguments):
@@ -61,11 +61,11 @@ def at_step(monkeypatch, step, action):
     monkeypatch.setattr(logger.MetricLogger, "add_step", added)
 
 
-# ---- asked to leave ------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
-def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monkeypatch):
+def test_a_signal_saves_the_state_and_stops_the_run(number, code, command, flags, unbroken, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), getattr(signal, number)))
@@ -80,7 +80,7 @@ def test_a_signal_saves_and_leaves(number, code, command, flags, unbroken, monke
     assert not differences(folder, outcome(unbroken))
 
 
-# ---- files that went wrong -----------------------------------------------------------------------
+# ---- states --------------------------------------------------------------------------------------
 
 
 def flip(path, position, bit=3):
@@ -90,7 +90,7 @@ def flip(path, position, bit=3):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header"])
-def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
+def test_a_damaged_state_is_skipped(damage, command, flags, unbroken):
     folder = flags.root / damage
     shutil.copytree(unbroken, folder)
     newest = list_states(folder)[0]
@@ -107,7 +107,7 @@ def test_a_damaged_state_is_passed_over(damage, command, flags, unbroken):
     assert not differences(folder, outcome(unbroken))
 
 
-def test_when_all_states_are_damaged(command, flags, unbroken):
+def test_a_run_is_refused_if_all_its_states_are_damaged(command, flags, unbroken):
     folder = flags.root / "hopeless"
     shutil.copytree(unbroken, folder)
     for path in list_states(folder):
@@ -117,7 +117,7 @@ def test_when_all_states_are_damaged(command, flags, unbroken):
     assert result.code == 2 and result.err.startswith("train.py: All 3 training states of") and tree(folder) == before
 
 
-def test_the_newest_states_are_kept(unbroken, command, flags):
+def test_the_most_recent_states_are_kept(unbroken, command, flags):
     assert [path.stem for path in list_states(unbroken)] == ["0000008", "0000006", "0000003"]
     assert command(train.main, *flags("kept", "--ckpt-every", 1, "--keep-states", 2)).code == 0
     assert [path.stem for path in list_states(flags.root / "kept")] == ["0000008", "0000007"]
@@ -135,7 +135,7 @@ def test_an_older_state_begins_a_new_branch(unbroken, command, flags):
     assert not differences(folder, outcome(unbroken))
 
 
-def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_path):
+def test_other_settings_and_other_data_are_refused(command, flags, unbroken, images, tmp_path):
     shutil.copytree(unbroken, flags.root / "changed")
     result = command(train.main, *flags("changed", "--max-steps", 9, "--lr", 0.5))
     assert result.code == 2 and "--lr 0.001 (now 0.5)" in result.err and "--allow-changes" in result.err
@@ -145,13 +145,13 @@ def test_other_settings_and_other_data(command, flags, unbroken, images, tmp_pat
     result = command(train.main, *more)
     assert result.code == 2 and "was started with other images or labels" in result.err
     assert command(train.main, *more, "--allow-changes").code == 0
-    # what does not decide the numbers may change
-    same_numbers = ("--grad-accum", 2, "--grad-checkpointing", "--log-every", 1)
-    assert command(train.main, *flags("unbroken", *same_numbers)).code == 0
+    # flags that do not decide the results may change
+    harmless = ("--grad-accum", 2, "--grad-checkpointing", "--log-every", 1)
+    assert command(train.main, *flags("unbroken", *harmless)).code == 0
 
 
-def test_other_starting_weights(command, flags, unbroken, base, tmp_path):
-    """They would not be looked at: what is trained comes from the state, the rest from the base it was begun with."""
+def test_other_starting_weights_are_refused(command, flags, unbroken, base, tmp_path):
+    """They would not be used: trained parameters come from the state, the others from its base."""
     shutil.copytree(unbroken, flags.root / "weights")
     tensors = torch.load(base, weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "other.pt")
@@ -169,21 +169,21 @@ def test_other_starting_weights(command, flags, unbroken, base, tmp_path):
         assert command(train.main, *flags("weights", "--max-steps", steps, "--resume", weights)).code == 0
 
 
-def test_a_run_from_random_weights_and_weights_beside_it(command, flags, base):
+def test_a_run_from_random_weights_resumes_without_other_weights(command, flags, base):
     assert command(train.main, *flags("random", "--max-steps", 1, "--resume", "none")).code == 0
     assert command(train.main, *flags("random", "--max-steps", 2, "--resume", "none")).code == 0
     result = command(train.main, *flags("random", "--max-steps", 3, "--resume", base))
     assert result.code == 2 and f"was started with --resume none, found {base}" in result.err
 
 
-# ---- the same numbers another way ----------------------------------------------------------------
+# ---- equal results another way -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [("--micro-batch", 1), ("--grad-checkpointing",), ("--grad-accum", 2)])
-def test_less_memory_gives_the_same_numbers(more, command, flags, unbroken):
+def test_saving_memory_gives_the_same_results(more, command, flags, unbroken):
     name = more[0].strip("-")
     assert command(train.main, *flags(name, *more)).code == 0
-    ours, theirs = numbers(flags.root / name), numbers(unbroken)
+    ours, theirs = results(flags.root / name), results(unbroken)
     for row, expected in zip(ours[1], theirs[1], strict=True):
         known = {
             key: value for key, value in expected.items() if value is not None
@@ -191,12 +191,12 @@ def test_less_memory_gives_the_same_numbers(more, command, flags, unbroken):
         assert {key: row[key] for key in known} == pytest.approx(known, rel=1e-4) and row.keys() == expected.keys()
 
 
-def test_half_precision_follows_single(command, flags, unbroken):
+def test_half_precision_is_close_to_single_precision(command, flags, unbroken):
     assert command(train.main, *flags("bf16", "--mixed-precision", "bf16")).code == 0
-    ours, theirs = numbers(flags.root / "bf16"), numbers(unbroken)
+    ours, theirs = results(flags.root / "bf16"), results(unbroken)
     assert all(t.dtype == torch.float32 for name, t in ours[0].items())
     assert [row["loss"] for row in ours[1]] == pytest.approx([row["loss"] for row in theirs[1]], rel=0.02)
-    assert ours[1][0]["loss"] != theirs[1][0]["loss"]  # it was computed in half precision
+    assert ours[1][0]["loss"] != theirs[1][0]["loss"]  # computed in half precision
 
 
 def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch):
