@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 GIB = 2**30
+ENCODER_MAPS = 5.3  # peak of an encoder in full-size feature maps: 0.165 GiB at 256 pixels in float32, on a CPU
 RESERVE = 0.08  # share of the GPU for the CUDA context, libraries and fragmentation
 
 
@@ -49,6 +50,13 @@ def activation_bytes(model: nn.Module, autocast: Callable[[], AbstractContextMan
     return two - one, 2 * one - two
 
 
+def encoder_bytes(vae: nn.Module | None, image_size: int) -> int:
+    """Return the bytes that an `AutoencoderKL` takes to encode an image, without its weights; 0 without one."""
+    if vae is None:
+        return 0
+    return int(ENCODER_MAPS * vae.config.block_out_channels[0] * image_size**2 * vae.dtype.itemsize)
+
+
 def forecast_bytes(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
@@ -56,6 +64,7 @@ def forecast_bytes(
     per_pass: int,
     images: int,
     vae: nn.Module | None = None,
+    encoding: int = 0,
 ) -> dict[str, int]:
     """Return the bytes that a training step will need, by use.
 
@@ -63,13 +72,14 @@ def forecast_bytes(
     per_image, per_pass  see `activation_bytes`
     images               number of images per forward pass
     vae                  the autoencoder, if there is one on the GPU
+    encoding             bytes to encode an image, see `encoder_bytes`; free again before the forward pass
     """
     trained = sum(p.numel() for p in parameters.values())
     everything = [*model.parameters(), *model.buffers(), *(vae.parameters() if vae else ())]
     return {
         "weights": sum(t.numel() * t.element_size() for t in everything),
         "gradients, moments and EMA": 4 * (1 + 2 + 1) * trained,  # float32
-        "activations": per_image * images + per_pass,
+        "activations": max(per_image * images + per_pass, encoding * images),
     }
 
 

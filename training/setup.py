@@ -56,7 +56,7 @@ class Run:
     wrapped      the model as DDP calls it
     parameters   the trained ones, by name
     frozen       the model's other tensors, by name
-    ema          their averages
+    ema          averages of the trained parameters
     optimizer    AdamW, prepared by accelerate
     update       the optimizer's step with a guard against non-finite gradients
     passes       forward passes in which a process works through its share of a batch
@@ -334,9 +334,12 @@ def log_run_summary(
     for warning in data.warnings:
         logger.log(warning)
     per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
-    need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae)
+    encoding = 0 if settings["latents"] else memory.encoder_bytes(autoencoder.vae, settings["image_size"])
+    need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae, encoding)
     gpu = accelerator.device.type == "cuda"
-    logger.log(memory.describe_forecast(need, per_image, images, torch.cuda.mem_get_info()[1] if gpu else None))
+    logger.log(
+        memory.describe_forecast(need, max(per_image, encoding), images, torch.cuda.mem_get_info()[1] if gpu else None)
+    )
     if accelerator.log_with:
         settings = {name: value for name, value in settings.items() if value is not None}
         names = {"wandb": {"name": logger.folder.name, "id": logger.folder.name, "resume": "allow"}}

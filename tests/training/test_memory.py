@@ -2,12 +2,14 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.tiny_models import ROOT, tiny_dit
 
 import train
+from autoencoder import Autoencoder
 from checkpoint.description import Base, ModelDescription
 from checkpoint.format import save_adapter
 from checkpoint.loading import build_model
@@ -150,3 +152,42 @@ def test_sizes_of_adapters_and_states(written):
 @pytest.mark.skipif(not SHARED.is_file(), reason="the class names of iNaturalist are not in the repository")
 def test_an_adapter_holds_the_class_names_of_inaturalist(written):
     assert 48_614_528 + 80_000 < written["fp32"] <= 48.7e6
+
+
+# ---- the autoencoder in the loop -----------------------------------------------------------------
+
+
+def test_images_are_encoded_in_the_parts_of_the_forward_passes(command, images64, tmp_path, monkeypatch):
+    encoded, encode = [], Autoencoder.encode_moments
+
+    def counted(self, images):
+        encoded.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode_moments", counted)
+    vae = str(ROOT / "examples/glyphs/vae")
+    flags = "--model DiT-Ti/2 --image-size 64 --global-batch-size 8 --micro-batch 3 --max-steps 1 --resume none".split()
+    more = "--vae", vae, "--num-workers", 0, "--preview-images", 0, "--results-dir", tmp_path, "--data-path", images64
+    result = command(train.main, *flags, *more)
+    assert result.code == 0 and encoded == [3, 3, 2] and "3 per forward pass" in result.out, result.err
+
+
+def test_the_forecast_counts_encoding():
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256)), dtype=torch.float32)
+    assert memory.encoder_bytes(vae, 256) / memory.GIB == pytest.approx(0.165, rel=0.01)
+    assert memory.encoder_bytes(vae, 512) == pytest.approx(4 * memory.encoder_bytes(vae, 256))
+    assert memory.encoder_bytes(None, 256) == 0
+    model = tiny_dit()
+    small, large = (memory.forecast_bytes(model, {}, 10, 5, 4, encoding=size) for size in (1, 1000))
+    assert small["activations"] == 45 and large["activations"] == 4000
+
+
+def test_running_out_of_memory_while_encoding_advises_too(command, images64, tmp_path, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Autoencoder, "encode_moments", full)
+    flags = "--model DiT-Ti/2 --image-size 64 --global-batch-size 8 --max-steps 1 --resume none --num-workers 0".split()
+    result = command(train.main, *flags, "--vae", "none", "--results-dir", tmp_path, "--data-path", images64)
+    sentence = result.err.strip().split("\n")[-1]
+    assert result.code == 2 and "full with 8 images in a forward pass" in sentence and "--micro-batch 4" in sentence
