@@ -60,8 +60,8 @@ def add_model_flags(add: Callable):
     add("--vae", default="mse", help="autoencoder: ema or mse (downloaded), a local folder, or none to train on pixels")
     add(
         "--resume",
-        help="checkpoint or adapter to start from, training state or run folder to resume, or none for random weights; "
-        "if not given, DiT's own weights (downloaded)",
+        help="checkpoint or adapter to start from; training state or run folder to resume, or to branch from with a new "
+        "--experiment; none for random weights; if not given, DiT's own weights (downloaded)",
     )
 
 
