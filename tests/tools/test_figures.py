@@ -262,6 +262,15 @@ def test_the_same_input_gives_the_same_bytes_and_no_date(adapter, command, tmp_p
     assert b"DejaVuSans" in (tmp_path / "a.pdf").read_bytes()  # text stays text
 
 
+def test_a_star_is_a_mean_and_a_plus_a_superclass_row_as_in_the_papers_figure_7():
+    points = torch.zeros(4, 2)
+    marks = {"mean of the class rows": points[:2] + 1, "superclass row": points[:2] + 2}
+    lines = plots.embedding(points, torch.tensor([0, 0, 1, 1]), ["a", "b"], marks, "").axes[0].lines
+    shown = [(line.get_marker(), line.get_xydata().tolist()) for line in lines]
+    assert shown == [("*", [[1.0, 1.0]])] * 2 + [("P", [[2.0, 2.0]])] * 2
+    assert not {marker for marker, _ in plots.MARKS} & set(plots.MARKERS)
+
+
 def test_groups_differ_in_colour_and_marker():
     looks = [plots.group_style(i) for i in range(25)]
     assert len({(tuple(look["color"]), look["marker"]) for look in looks}) == 25
@@ -294,6 +303,7 @@ def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
     """Return (pattern of the message, flags) of invalid calls."""
     ours, bits = runs.write("ours"), runs.write("bits", "bitfit", {100: 30.0}, settings={"global_seed": 1})
     wide = runs.write("wide", fids={9: 1.0}, image_size=64)
+    inat = runs.write("inat", hierarchy=Hierarchy.load("inat2021"), image_size=256)
     files, bit, other = runs.files["ours"], runs.files["bits"][0], runs.files["wide"][0]
     loose, foreign, broken = (tmp_path / f"{name}.json" for name in ("loose", "foreign", "broken"))
     for path in (loose, foreign):
@@ -339,7 +349,9 @@ def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
         ("differ in global_seed \\(0 and 1\\)", ("convergence", "--runs", ours, bits, "--metrics", *files, bit)),
         ("at one step", ("convergence", *run, files[0])),
         ("both of step 100", ("convergence", *run, files[0], copied(files[0], tmp_path / "again.json"))),
-        ("fits no table of the paper", ("tables", "--runs", wide, "--metrics", other)),
+        ("--runs is missing, expected both", ("tables", "--metrics", other)),
+        ("--metrics is missing, expected both", ("tables", "--runs", wide)),
+        ("both for FineDiffusion in Table 1", ("tables", "--runs", inat, "--metrics", *runs.files["inat"])),
     ]
 
 

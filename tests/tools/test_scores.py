@@ -1,16 +1,14 @@
-"""Scores: an evaluation finds its run, step and parameter counts, and fills the paper's tables."""
+"""Scores: an evaluation finds its run, step and parameter counts."""
 
 import json
 
 import pytest
-from helpers.evaluated_runs import EvaluatedRuns, change
+from helpers.evaluated_runs import EvaluatedRuns
 from helpers.tiny_models import refusal
 
 from checkpoint.loading import build_model
 from finetune import METHODS, select
-from hierarchy import Hierarchy
 from tools.figures import figures, scores
-from tools.figures.__main__ import main
 
 
 @pytest.fixture
@@ -52,37 +50,3 @@ def test_training_time_ends_at_the_step_and_is_unknown_beyond_the_log(tmp_path):
         "images_per_s": pytest.approx(6.0),
     }
     assert scores.training_speed(tmp_path, 21) == {} and scores.training_speed(tmp_path / "none", 1) == {}
-
-
-def test_tables_show_the_papers_metrics_beside_ours(command, runs, tmp_path):
-    inat = Hierarchy.load("inat2021")
-    shape = {"hierarchy": inat, "model": "DiT-XL/2", "image_size": 256, "latent_size": 32, "channels": 4}
-    entries = runs.write("ours", fids={9: 11.25}, speed=3.0, **shape), runs.write("full", "full", {9: 12.5}, **shape)
-    files = runs.files["ours"] + runs.files["full"]
-    change(files[1], comparable=False, not_comparable=["random weights"])
-    result = command(main, "tables", "--runs", *entries, "--metrics", *files, "--out", tmp_path / "t.md")
-    assert result.code == 0, result.err
-    text = (tmp_path / "t.md").read_text()
-    assert result.out == text + "\n" and [text.count(f"### Table {n}:") for n in range(1, 6)] == [1, 1, 1, 1, 0]
-    lines = text.splitlines()
-    assert "| FID | Full, paper | Full, ours | BitFit, paper | BitFit, ours | DiffFit, paper | DiffFit, ours | " in text
-    assert "| Plants | – | 13.500 | – | – | – | – | – | 12.250 |" in lines
-    assert "| Animalia | – | 23.500 | – | – | – | – | – | 22.250 |" in lines
-    assert "| overall | ≈10.66 | 12.500 | ≈10.59 | – | ≈10.79 | – | 9.776 | 11.250 |" in lines
-    assert (
-        "| FineDiffusion | 12.382 | – | 0.667 | – |" in lines and "| FineDiffusion | 9.490 | – | 0.723 | – |" in lines
-    )
-    assert "| Full | 685.20 | 685.20 | 100.00 | 99.94 | 1.00 | 1.00 |" in lines
-    assert "| FineDiffusion | 12.15 | 12.15 | 1.77 | 1.77 | 1.56 | 1.50 |" in lines
-    assert "step 9, 100 against 90 images, superclass guidance 4.0, 250 ddpm steps" in text
-    assert text.count("NOT COMPARABLE: random weights") == 2  # Tables 1 and 4
-
-
-def test_paper_json_names_known_methods_hierarchies_and_metrics():
-    paper = json.loads(figures.PAPER.read_text())
-    assert paper["methods"].keys() < METHODS.keys()
-    for table in paper["tables"]:
-        assert Hierarchy.load(table["hierarchy"]).num_super_classes in (11, 25)
-        assert table["paper"].keys() <= paper["methods"].keys()
-        for row in table["paper"].values():
-            assert row.keys() <= set(table["columns"]) <= scores.METRICS.keys()

@@ -29,7 +29,7 @@ EXAMPLES = {  # kind: command lines without "python -m tools.figures"
     "tsne": (f"tsne --ckpt {ADAPTER}", "tsne --ckpt finediffusion.pt --hierarchy inat2021 --neighbours 20"),
     "tradeoff": (f"tradeoff {RUNS}", f"tradeoff {RUNS} --metric kid"),
     "convergence": (f"convergence {RUNS}", f"convergence {RUNS} --metric lpips"),
-    "tables": (f"tables {RUNS}", f"tables {RUNS} --out tables"),
+    "tables": (f"tables {RUNS}", "tables --out paper"),
 }
 DRAW = {
     "grid": figures.grid,
@@ -65,11 +65,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, without: tuple[str, ..
     add("--batch-size", type=int, default=16, help="images per batch")
 
 
-def add_run_options(parser: argparse.ArgumentParser):
+def add_run_options(parser: argparse.ArgumentParser, required: bool = True):
     """Add the flags that name runs and their evaluations."""
     add = parser.add_argument_group("runs").add_argument
-    add("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="runs of train.py")
-    add("--metrics", nargs="+", required=True, metavar="FILE", help="metrics.json files of evaluate.py")
+    add("--runs", nargs="+", required=required, metavar="NAME=FOLDER", help="runs of train.py")
+    add("--metrics", nargs="+", required=required, metavar="FILE", help="metrics.json files of evaluate.py")
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of t-SNE")
 
     for kind in ("tradeoff", "convergence", "tables"):
-        add_run_options(parsers[kind])
+        add_run_options(parsers[kind], required=kind != "tables")
     for kind in ("tradeoff", "convergence"):
         parsers[kind].add_argument("--metric", default="fid", help="a key of metrics.json: fid, kid, lpips, ...")
     return parser.parse_args()
@@ -136,6 +136,9 @@ def check_settings(args: argparse.Namespace):
         check_range(args, pipeline_steps=(1, 1000))
         if args.ckpt is None:
             raise ValueError("text-to-image needs an adapter to compare with, expected --ckpt: pass it.")
+    if args.kind == "tables" and (args.runs is None) != (args.metrics is None):
+        missing = "--runs" if args.runs is None else "--metrics"
+        raise ValueError(f"{missing} is missing, expected both --runs and --metrics, or neither for the paper alone.")
     if args.kind == "tsne":
         check_range(args, neighbours=(1, 10**6), seed=(0, 2**32 - 1), perplexity=(1, 10**6))
 

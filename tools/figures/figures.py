@@ -17,9 +17,8 @@ from evaluation.image_sets import Folder
 from hierarchy import Hierarchy
 from runtime.files import atomic_write
 from sampling.grid import caption
-from tools.figures import class_rows, gallery, plots, scores
+from tools.figures import class_rows, gallery, paper_tables, plots, scores
 
-PAPER = Path(__file__).resolve().parent / "paper.json"
 ROWS = 5  # classes of compare and text-to-image without --classes
 
 
@@ -187,8 +186,8 @@ def convergence(args: argparse.Namespace) -> Figure:
 
 
 def tables(args: argparse.Namespace):
-    """Write the paper's Tables 1 to 4 in Markdown, its metrics beside ours."""
-    paper = json.loads(PAPER.read_text(encoding="utf-8"))
-    text = scores.paper_tables(paper, scores.match(parse_named(args.runs, "--runs"), args.metrics))
+    """Write the paper's Tables 1 to 4 in Markdown with ours beside them, and tables of other data sets."""
+    found = scores.match(parse_named(args.runs, "--runs"), args.metrics) if args.runs else []
+    text = paper_tables.all_tables(found)
     atomic_write(f"{args.out}.md", lambda part: part.write_text(text, encoding="utf-8"))
     print(text)

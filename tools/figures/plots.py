@@ -29,7 +29,8 @@ DPI = 300
 # Okabe and Ito, "Color universal design", 2008: distinct under the common forms of colour blindness; markers and lines
 # differ as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 markers and 8 colours make 56 pairs
+MARKERS = ("o", "s", "^", "D", "v", ">", "X")  # 7 markers and 8 colours make 56 pairs
+MARKS = ("*", 8), ("P", 6)  # marker and size of a mean and of a superclass row, as in the paper's Figure 7
 LINES = ("-", "--", "-.", ":")
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -172,7 +173,8 @@ def embedding(
     """Draw a map of points (N, 2) by group.
 
     groups: int64 (N,), indices into `names`
-    marks: {legend: (S, 2)}, a point per group; one or two entries, numbers stand at the last
+    marks: {legend: (S, 2)}, a point per group: the means, then the superclass rows if there are any; numbers stand at
+        the last
     text: two lines below the legend
     """
     columns = 2 if len(names) <= 12 else 3
@@ -190,7 +192,7 @@ def embedding(
         for s, name in enumerate(names)
     ]
     edge = dict(markeredgecolor="black", markeredgewidth=0.7, linestyle="")
-    for (label, places), marker, size in zip(marks.items(), ("d", "*"), (5, 8)):
+    for (label, places), (marker, size) in zip(marks.items(), MARKS):
         handles.append(Line2D([], [], marker=marker, markersize=size, label=label, color="white", **edge))
         for s, (x, y) in enumerate(places.tolist()):
             axes.plot(x, y, marker=marker, markersize=size, color=group_style(s)["color"], zorder=3, **edge)

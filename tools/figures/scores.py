@@ -1,8 +1,8 @@
-"""Match evaluations to runs, training steps and parameter counts; fill the paper's tables with them."""
+"""Match evaluations to runs, training steps and parameter counts."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from checkpoint.format import read_description
 from checkpoint.loading import build_model
 from evaluation.reports import flatten
 from finetune import METHODS, select
-from hierarchy import Hierarchy
 from runtime.files import sha256
-from runtime.text import markdown_table, one_line, shorten
+from runtime.text import one_line, shorten
 
 METRICS = {  # key: title, format, which direction is better
     "fid": ("FID", "{:.3f}", "lower"),
     "kid": ("KID", "{:.5f}", "lower"),
     "lpips": ("LPIPS", "{:.3f}", "higher"),
+    "lpips_pooled": ("LPIPS pooled", "{:.3f}", "higher"),
     "precision": ("precision", "{:.3f}", "higher"),
     "recall": ("recall", "{:.3f}", "higher"),
     "inception_score": ("Inception score", "{:.2f}", "higher"),
@@ -28,7 +28,8 @@ METRICS = {  # key: title, format, which direction is better
     "superclass_accuracy": ("superclass accuracy", "{:.3f}", "higher"),
     "trained_params": ("trained parameters, M", "{:.2f}", "lower"),
     "trained_percent": ("% of all", "{:.2f}", "lower"),
-    "speed": ("images/s over full", "{:.2f}", "higher"),
+    "gpu_days": ("GPU days", "{:.2f}", "lower"),
+    "time": ("training time", "{:.3f}", "lower"),
 }
 # sampling settings that must agree between evaluations: with them, image k has the same class and noise in each
 SAME = ("hierarchy", "image_size", "labels", "global_seed", "num_fid_samples", "sampler", "num_sampling_steps")
@@ -199,112 +200,3 @@ def by_run(scores: list[Score]) -> dict[str, list[Score]]:
 def comparability_warning(scores: list[Score]) -> str:
     """Return the warning to print on a plot if a score cannot be compared with published ones, or else ""."""
     return "" if all(score.report["comparable"] for score in scores) else "not comparable with published figures"
-
-
-# ---- the paper's tables --------------------------------------------------------------------------
-
-ABSENT = "–"
-
-
-def fits_table(score: Score, table: dict, hierarchy: Hierarchy) -> bool:
-    """Return whether a score has the hierarchy, image size and embedder of a table."""
-    found, method = score.description.hierarchy, score.description.method
-    counts = found.num_classes, found.num_super_classes
-    return (
-        counts == (hierarchy.num_classes, hierarchy.num_super_classes)
-        and score.description.image_size == table["image_size"]
-        and score.description.embedder == METHODS[method].embedder
-    )
-
-
-def fill_table(table: dict, scores: list[Score], methods: dict[str, str]) -> dict[str, Score]:
-    """Return {method: score} for a table; raise ValueError if a method has two."""
-    hierarchy, found = Hierarchy.load(table["hierarchy"]), {}
-    for score in scores:
-        method = score.description.method
-        if method in methods and fits_table(score, table, hierarchy):
-            if method in found:
-                raise ValueError(
-                    f"{found[method].path} and {score.path} are both for {methods[method]} in Table {table['number']}, expected "
-                    "one: leave the other out."
-                )
-            found[method] = score
-    return found
-
-
-def format_metric(value: float | str | None, key: str) -> str:
-    """Return the text of a table cell."""
-    if value is None or isinstance(value, str):
-        return value or ABSENT
-    return METRICS[key][1].format(value / 1e6 if key == "trained_params" else value)
-
-
-def our_metric(found: dict[str, Score], method: str, key: str, superclass: str | None = None) -> float | None:
-    """Return a metric of a method's score, overall or of a superclass; None if it is absent."""
-    score = found.get(method)
-    if score is None:
-        return None
-    if superclass:
-        return flatten(score.report["superclasses"].get(superclass, {})).get(key)
-    if key == "speed":
-        full, mine = (found[m].metrics.get("images_per_s") if m in found else None for m in ("full", method))
-        return mine / full if full and mine else None
-    return score.metrics.get(key)
-
-
-def table_text(table: dict, found: dict[str, Score], methods: dict[str, str]) -> str:
-    """Return a table of the paper in Markdown, its metrics beside ours."""
-    hierarchy, keys = Hierarchy.load(table["hierarchy"]), table["columns"]
-    pair = ["paper", "ours"]
-
-    def cells(method, key, superclass=None):
-        theirs = None if superclass else table["paper"].get(method, {}).get(key)
-        return [format_metric(theirs, key), format_metric(our_metric(found, method, key, superclass), key)]
-
-    def markdown(titles, rows):
-        return "\n".join(markdown_table(titles, rows, align="l" + "r" * (len(titles) - 1)))
-
-    parts = [f"### Table {table['number']}: {table['title']}"]
-    if table.get("by_superclass"):
-        for key in keys:
-            titles = [METRICS[key][0], *(f"{name}, {which}" for name in methods.values() for which in pair)]
-            groups = [*hierarchy.superclasses, None]
-            rows = [[group or "overall", *(c for m in methods for c in cells(m, key, group))] for group in groups]
-            parts.append(markdown(titles, rows))
-    else:
-        titles = ["", *(f"{METRICS[key][0]}, {which}" for key in keys for which in pair)]
-        rows = [[name, *(c for key in keys for c in cells(m, key))] for m, name in methods.items()]
-        parts.append(markdown(titles, rows))
-    parts.append("\n".join(f"- {text}" for text in sources_of(found, methods)))
-    return "\n\n".join(filter(None, parts))
-
-
-def sources_of(found: dict[str, Score], methods: dict[str, str]) -> Iterator[str]:
-    """Yield for each of our scores in a table a sentence with its file and settings."""
-    for method, score in found.items():
-        report, settings = score.report, score.report["sampling"]
-        parts = [
-            f"{methods[method]}: {score.path}, step {score.step:,}",
-            f"{report['fake']['n']:,} against {report['real']['n']:,} images",
-            f"{settings['guidance']} guidance {settings['cfg_scale']}",
-            f"{settings['num_sampling_steps']} {settings['sampler']} steps",
-            *(f"NOT COMPARABLE: {reason}" for reason in report["not_comparable"]),
-        ]
-        yield ", ".join(parts) + "."
-
-
-def paper_tables(paper: dict, scores: list[Score]) -> str:
-    """Return all tables of `paper` (tools/figures/paper.json) in Markdown; raise ValueError if a score fits none."""
-    methods = paper["methods"]
-    filled = [(table, fill_table(table, scores, methods)) for table in paper["tables"]]
-    used = {score.path for _, found in filled for score in found.values()}
-    for score in scores:
-        if score.path not in used:
-            about = score.description
-            raise ValueError(
-                f"{score.path} fits no table of the paper ({about.method}, {about.embedder} embedder, {about.hierarchy!r}, "
-                f"{about.image_size} pixels): leave it out."
-            )
-    head = f'{paper["paper"]}, beside ours. {ABSENT} under "paper": not available; under "ours": not measured. {paper["note"]}'
-    sources = "\n".join(["Sources of the paper's metrics:", "", *(f"- {text}." for text in paper["sources"])])
-    return "\n\n".join([head, *(table_text(table, found, methods) for table, found in filled), sources]) + "\n"
