@@ -41,6 +41,7 @@ def description(hierarchy=PETS, **more):
     return described(hierarchy, **dict(model="tiny", latent_size=8, channels=4) | more)
 
 
+@pytest.mark.reliability("R15", "class rows are carried over by what they mean")
 @pytest.mark.parametrize("name", KEPT)
 def test_rows_are_matched_by_what_they_mean(name):
     hierarchy, rows = KEPT[name]

@@ -16,6 +16,8 @@ from training import folder as run_folder
 from training import setup
 from training.folder import list_states, resolve_run_dir
 
+OWN = pytest.mark.reliability("R13", "branches and going back: no other run is changed, and no state is deleted")
+ONE = pytest.mark.reliability("R14", "one state for all processes, or all are refused")
 FLAGS = [*SAVING, *"--preview-images 0 --max-steps 12".split()]
 
 
@@ -49,6 +51,7 @@ def rows(folder):
 # ---- branches and going back ---------------------------------------------------------------------
 
 
+@OWN
 def test_a_branch_leaves_the_run_as_it_is(command, flags, finished):
     before, state = tree(finished), finished / "states/0000006.safetensors"
     branch = "--experiment", "branch", "--lr", "0.5", "--allow-changes"
@@ -61,6 +64,7 @@ def test_a_branch_leaves_the_run_as_it_is(command, flags, finished):
     assert steps(folder) == [8, 9, 10] and rows(folder) == [8, 10] and tree(finished) == before
 
 
+@OWN
 def test_a_branch_with_the_same_settings_has_the_run_s_numbers(command, flags, finished):
     branch = "--experiment", "twin", "--keep-states", 9
     assert command(train.main, *flags(*branch, start=finished / "states/0000006.safetensors")).code == 0
@@ -69,6 +73,7 @@ def test_a_branch_with_the_same_settings_has_the_run_s_numbers(command, flags, f
     assert twin.keys() == later and all(twin[name] == expected[name] for name in later)
 
 
+@OWN
 def test_going_back_moves_later_states_aside(command, flags, finished):
     folder = flags.root / "back"
     shutil.copytree(finished, folder)
@@ -99,6 +104,7 @@ def test_automatic_folders_are_numbered_beyond_999(tmp_path):
 # ---- one state for all processes -----------------------------------------------------------------
 
 
+@ONE
 def test_all_processes_take_the_main_process_s_state(flags, finished, tmp_path):
     """A stale listing on another node decides nothing."""
     folder = flags.root / "stale"
@@ -113,6 +119,7 @@ def test_all_processes_take_the_main_process_s_state(flags, finished, tmp_path):
     assert steps(folder) == [3, 6, 9, 12, 14]
 
 
+@ONE
 @pytest.mark.parametrize("problem", ["another file", "no file"])
 def test_processes_that_read_something_else_are_all_refused(problem, flags, finished, tmp_path):
     folder = flags.root / problem.replace(" ", "-")

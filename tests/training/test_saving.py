@@ -19,6 +19,7 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
 
 
+@pytest.mark.reliability("R13", "a preview that fails loses nothing")
 def test_a_preview_that_fails_loses_nothing(run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
