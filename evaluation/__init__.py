@@ -1,3 +1,11 @@
-"""The evaluation behind evaluate.py. From low to high: `features` (networks), `npz_sets` and `image_sets` (images to
-compare), `measure` (one pass over them), `comparison` (the figures of two sets), `reports` (tables and files).
-The formulas are in metrics.py."""
+"""The evaluation behind evaluate.py, from low to high:
+
+metrics                             formulas, from features alone
+npz_sets, saved_statistics          .npz files of images and of statistics
+image_sets                          sets to compare: their labels and pixels
+weights, features, networks         the networks and their files
+plan, reduction, diversity          parts of the pass over a set of images
+image_pass                          the pass
+comparison                          the metrics of two sets
+reports                             tables and files
+"""

@@ -1,197 +1,204 @@
-"""The figures of generated images against real ones, overall and by superclass, from what was measured of both.
+"""The metrics of generated images against real ones, overall and by superclass.
 
-A side is what `measure` returns, or saved statistics, of which only some figures can be had: the others are None.
+A set is a `MeasuredSet`, whose images went through the networks, or a `SavedSet`, which has statistics only. Both have
+the same methods; those that a `SavedSet` cannot answer return None, and so do the metrics that need them. A group s is a
+superclass, or None for all images.
 """
 
 import numpy as np
 import torch
 
+from evaluation.diversity import lpips_diversity
+from evaluation.image_pass import PassResult
 from evaluation.metrics import (
+    Distribution,
     Gaussian,
     Moments,
     features_root,
     frechet_distance,
     gaussian_root,
     inception_score,
-    interval,
     kid,
     kid_size,
-    mean_over_pairs,
-    mean_over_weighted_pairs,
     precision_recall,
-    resamples,
 )
+from evaluation.networks import Networks
+from evaluation.saved_statistics import Statistics
 
-NEIGHBOURS = 3  # of precision and recall
-FEW_IMAGES = 2048  # images, below which a covariance of Inception features is singular and FID is mostly its own bias
+NEIGHBOURS = 3  # k of precision and recall
+FEW_IMAGES = 2048  # with fewer, a covariance of Inception features is singular and FID is mostly its own bias
 
 
 class MeasuredSet:
-    """A side of the comparison that was measured; groups are superclasses s, or None for all images."""
+    """A set of images after its pass through the networks.
 
-    def __init__(self, measured, device):
-        self.plan, self.measured, self.device = measured.plan, measured, device
-        self.digests, self.seconds = measured.digests, measured.seconds
+    digests     (N,) of the pixels
+    seconds     see `PassResult`
+    kept        "all" or "sample": the images whose features are kept
+
+    device: for KID, precision and recall
+    """
+
+    def __init__(self, result: PassResult, device: torch.device):
+        self.result, self.plan, self.device = result, result.plan, device
+        self.digests, self.seconds = result.digests, result.seconds
         self.kept = "all" if self.plan.kept.all() else "sample"
 
-    def n(self, s):
+    def n(self, s: int | None) -> int:
+        """Return the number of images."""
         return int(self.rows(s).sum())
 
-    def rows(self, s, part=None):
-        """Which images (N,) are of the group, and of one half."""
+    def rows(self, s: int | None, half: int | None = None) -> np.ndarray:
+        """Return which images belong to the group, and to one half of it if given; bool (N,)."""
         plan = self.plan
-        return ((plan.superclass == s) | (s is None)) & ((plan.part == part) | (part is None))
+        return ((plan.superclass == s) | (s is None)) & ((plan.half == half) | (half is None))
 
-    def gaussian(self, name, s, part=None):
-        """None with fewer than 2 images."""
+    def gaussian(self, name: str, s: int | None, half: int | None = None) -> Gaussian | None:
+        """Return mean and covariance of the features `name`, see `image_pass.moments_name`; None with fewer than 2 images."""
         total = None
-        for (group, half), moments in self.measured.moments[name].items():
-            if s in (None, group) and part in (None, half):
+        for (group, part), moments in self.result.moments[name].items():
+            if s in (None, group) and half in (None, part):
                 total = total or Moments(len(moments.mean), moments.mean.device)
                 total.merge(moments)
         if total is None or total.n < 2:
             return None
-        found = total.gaussian()
-        return Gaussian(found.n, found.mean.cpu(), found.covariance.cpu())
+        gaussian = total.gaussian()
+        return Gaussian(gaussian.n, gaussian.mean.cpu(), gaussian.covariance.cpu())
 
-    def distribution(self, name, s, part=None):
-        """(mean, root) for the Frechet distance, from the features where they are fewer than their numbers."""
-        rows, features = self.rows(s, part), self.measured.features[name]
+    def distribution(self, network: str, s: int | None, half: int | None = None) -> Distribution | None:
+        """Return (mean, root) for the Frechet distance; None with fewer than 2 images.
+
+        The root comes from the features themselves if all are kept and there are fewer images than dimensions.
+        """
+        rows, features = self.rows(s, half), self.result.features[network]
         if rows.sum() < 2:
             return None
         if self.plan.kept[rows].all() and rows.sum() < features.shape[1]:
             return features_root(features[rows[self.plan.kept]])
-        return gaussian_root(self.gaussian(name, s, part))
+        return gaussian_root(self.gaussian(network, s, half))
 
-    def sample(self, name, s=None, most=False):
-        """Kept features, all of a random sample where not all are kept or `most` of it are asked for."""
+    def sample(self, network: str, s: int | None = None, limit: bool = False) -> torch.Tensor:
+        """Return kept features (n, d) of the group.
+
+        limit: for all images, at most `plan.SAMPLE` rows even if more are kept
+        """
         rows = self.rows(s) & self.plan.kept
-        if s is None and (most or not rows.all()):
+        if s is None and (limit or not rows.all()):
             rows &= self.plan.sampled
-        return self.measured.features[name][rows[self.plan.kept]].to(self.device)
+        return self.result.features[network][rows[self.plan.kept]].to(self.device)
 
-    def score(self):
-        """Inception score: (mean, deviation) or None."""
-        return next(map(inception_score, self.measured.score.values()), None)
+    def score(self) -> tuple[float, float] | None:
+        """Return the Inception score of all images, mean and standard deviation; None without Inception."""
+        return next(map(inception_score, self.result.score.values()), None)
 
-    def accuracy(self, s):
-        """Shares of images read as the right class, as the right superclass; or None."""
-        right = self.measured.right
-        return None if right is None else (right[:, slice(s, None if s is None else s + 1)].sum(1) / self.n(s)).tolist()
+    def accuracy(self, s: int | None) -> list[float] | None:
+        """Return the shares of images classified as the right class and the right superclass; None without a classifier."""
+        correct = self.result.correct
+        if correct is None:
+            return None
+        return (correct[:, slice(s, None if s is None else s + 1)].sum(1) / self.n(s)).tolist()
 
-    def diversity(self, s, seed):
-        """LPIPS within a class and pooled, with intervals; {} where it was left out."""
-        return diversity(self.measured.diversity, self.plan, s, seed) if self.measured.diversity else {}
+    def diversity(self, s: int | None, seed: int) -> dict:
+        """Return the metrics of `lpips_diversity`; {} without LPIPS."""
+        return lpips_diversity(self.result.diversity, self.plan, s, seed) if self.result.diversity else {}
 
 
-class Saved:
-    """A side of which there are only statistics, of the features of `network` (name). `names`: of the superclasses s;
-    `lpips`: the record of the LPIPS that is asked for."""
+class SavedSet:
+    """A set of which only saved statistics are available.
+
+    superclasses: their names, None without a hierarchy
+    network: name of the network of the statistics
+    lpips: `Network.record` of this comparison's LPIPS, None without LPIPS
+    """
 
     digests = seconds = kept = None
 
-    def __init__(self, statistics, names, network, lpips):
-        self.statistics, self.names, self.network, self.lpips = statistics, names, network, lpips
+    def __init__(self, statistics: Statistics, superclasses: tuple[str, ...] | None, network: str, lpips: dict | None):
+        self.statistics, self.superclasses, self.network, self.lpips = statistics, superclasses, network, lpips
 
-    def saved(self, s):
-        return self.statistics.gaussians[None if s is None else self.names[s]]
+    def gaussian(self, s: int | None) -> Gaussian:
+        """Return the saved mean and covariance."""
+        return self.statistics.gaussians[None if s is None else self.superclasses[s]]
 
-    def n(self, s):
-        return self.saved(s).n
+    def n(self, s: int | None) -> int | None:
+        """Return the number of images, None if unknown."""
+        return self.gaussian(s).n
 
-    def distribution(self, name, s, part=None):
-        gaussian = self.saved(s)
-        return gaussian_root(gaussian) if name == self.network and part is None and gaussian.n not in (0, 1) else None
+    def distribution(self, network: str, s: int | None, half: int | None = None) -> Distribution | None:
+        """Return (mean, root); None for halves, other networks, or fewer than 2 images."""
+        if network != self.network or half is not None or self.n(s) in (0, 1):
+            return None
+        return gaussian_root(self.gaussian(s))
 
-    def sample(self, name, s=None, most=False):
+    def sample(self, network: str, s: int | None = None, limit: bool = False) -> None:
         return None
 
-    def score(self):
+    def score(self) -> None:
         return None
 
-    def accuracy(self, s):
+    def accuracy(self, s: int | None) -> None:
         return None
 
-    def diversity(self, s, seed):
-        """As measured when the statistics were saved, if it was with the same network."""
+    def diversity(self, s: int | None, seed: int) -> dict:
+        """Return the LPIPS metrics saved with the statistics; {} if they are of another network or absent."""
         saved = self.statistics.record.get("lpips")
         if not saved or saved["network"] != self.lpips:
             return {}
-        return saved["overall"] if s is None else saved["superclasses"][self.names[s]]
+        return saved["overall"] if s is None else saved["superclasses"][self.superclasses[s]]
 
 
-# ---- diversity -----------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
+
+ComparedSet = MeasuredSet | SavedSet
 
 
-def diversity(sums, plan, s=None, seed=0):
-    """Mean LPIPS over the pairs of images of a class, mean over classes; the same over all pairs of the group.
-
-    Intervals are bootstrapped, over the classes, and for the pooled figure over blocks of them.
-    """
-    classes = np.array((plan.block >= 0) & ((plan.parents == s) | (s is None)))
-    n, squares, total = sums["classes"][classes].T
-    within = mean_over_pairs(n, squares, total)
-    within = within[torch.isfinite(within)]  # a class with one image has no pairs
-    found = {"lpips": None, "lpips_interval": None, "lpips_classes": len(within)}
-    if len(within):
-        found["lpips"] = within.mean().item()
-    if len(within) > 1:
-        found["lpips_interval"] = interval(resamples(len(within), seed) @ within / len(within))
-    blocks, of = np.unique(plan.block[classes], return_inverse=True)
-    by_block = [torch.zeros(len(blocks), dtype=n.dtype).index_add_(0, torch.from_numpy(of), x) for x in (n, squares)]
-    gram = sums["gram"][blocks][:, blocks]
-    pooled = mean_over_weighted_pairs(*by_block, gram, torch.ones(1, len(blocks), dtype=n.dtype))
-    found["lpips_pooled"] = pooled.item() if torch.isfinite(pooled) else None
-    several = len(blocks) > 1
-    weights = resamples(len(blocks), seed) if several else None
-    found["lpips_pooled_interval"] = interval(mean_over_weighted_pairs(*by_block, gram, weights)) if several else None
-    return found
-
-
-# ---- the figures of a group ----------------------------------------------------------------------
-
-
-def distances(real, fake, name, s, seed, floor):
-    """Frechet and kernel distance of one network's features; `floor`: the Frechet distance of two halves of the real ones."""
-    a, b = real.distribution(name, s), fake.distribution(name, s)
-    found = {"fd": frechet_distance(a, b) if a and b else None, "kid": None, "kid_std": None, "kid_size": None}
-    x, y = real.sample(name, s), fake.sample(name, s)
+def distances(
+    real: ComparedSet, fake: ComparedSet, network: str, s: int | None, seed: int, floor: bool
+) -> dict[str, float | int | None]:
+    """Return Frechet distance "fd" and "kid" of one network's features; if `floor`, also of two halves of the real set."""
+    a, b = real.distribution(network, s), fake.distribution(network, s)
+    row = {"fd": frechet_distance(a, b) if a and b else None, "kid": None, "kid_std": None, "kid_size": None}
+    x, y = real.sample(network, s), fake.sample(network, s)
     if x is not None and y is not None and min(len(x), len(y)) > 1:
-        found["kid"], found["kid_std"] = kid(x, y, seed=seed)
-        found["kid_size"] = kid_size(len(x), len(y))
+        row["kid"], row["kid_std"] = kid(x, y, seed=seed)
+        row["kid_size"] = kid_size(len(x), len(y))
     if floor:
-        halves = [real.distribution(name, s, part) for part in (0, 1)]
-        found["floor"] = frechet_distance(*halves) if all(halves) else None
-        found["floor_n"] = int(real.rows(s, 0).sum())
-    return found
-
-
-def metrics_of(real, fake, networks, s=None, seed=0, floor=False):
-    """The figures of superclass s, or of all images: "fid" and "kid" of Inception's features, those of the others under
-    "features"."""
-    row = {"n_real": real.n(s), "n_fake": fake.n(s)}
-    for network in networks.features:
-        found = distances(real, fake, network.name, s, seed, floor)
-        if network.name == "inception":
-            row |= {"fid": found.pop("fd"), **found}
-        else:
-            row.setdefault("features", {})[network.name] = found
-    if networks.lpips:
-        row |= fake.diversity(s, seed) | {f"{key}_real": value for key, value in real.diversity(s, seed).items()}
-    for key, side in {"": fake, "_real": real}.items():
-        if networks.classifier and side.accuracy(s):
-            row[f"top1{key}"], row[f"superclass_accuracy{key}"] = side.accuracy(s)
+        halves = [real.distribution(network, s, half) for half in (0, 1)]
+        row["floor"] = frechet_distance(*halves) if all(halves) else None
+        row["floor_n"] = int(real.rows(s, 0).sum())
     return row
 
 
-def overall_metrics(real, fake, networks):
-    """The figures that are only given overall: precision and recall of the first network, Inception score."""
+def group_metrics(
+    real: ComparedSet, fake: ComparedSet, networks: Networks, s: int | None = None, seed: int = 0, floor: bool = False
+) -> dict:
+    """Return the metrics of superclass s, or of all images if None.
+
+    "fid" and "kid" are of Inception's features; those of other networks are under "features".
+    """
+    row = {"n_real": real.n(s), "n_fake": fake.n(s)}
+    for network in networks.features:
+        values = distances(real, fake, network.name, s, seed, floor)
+        if network.name == "inception":
+            row |= {"fid": values.pop("fd"), **values}
+        else:
+            row.setdefault("features", {})[network.name] = values
+    if networks.lpips:
+        row |= fake.diversity(s, seed) | {f"{key}_real": value for key, value in real.diversity(s, seed).items()}
+    for suffix, each in {"": fake, "_real": real}.items():
+        if networks.classifier and each.accuracy(s):
+            row[f"top1{suffix}"], row[f"superclass_accuracy{suffix}"] = each.accuracy(s)
+    return row
+
+
+def overall_metrics(real: ComparedSet, fake: ComparedSet, networks: Networks) -> dict[str, float]:
+    """Return the metrics that exist only overall: precision and recall of the first network, and the Inception score."""
     row = {}
     for network in networks.features[:1]:
-        x, y = real.sample(network.name, most=True), fake.sample(network.name, most=True)
+        x, y = real.sample(network.name, limit=True), fake.sample(network.name, limit=True)
         if x is not None and y is not None and min(len(x), len(y)) > NEIGHBOURS:
             row["precision"], row["recall"] = precision_recall(x, y, NEIGHBOURS)
-    for key, side in {"": fake, "_real": real}.items():
-        if side.score():
-            row[f"inception_score{key}"], row[f"inception_score_std{key}"] = side.score()
+    for suffix, each in {"": fake, "_real": real}.items():
+        if each.score():
+            row[f"inception_score{suffix}"], row[f"inception_score_std{suffix}"] = each.score()
     return row

@@ -1,7 +1,7 @@
-"""What the evaluation compares: folders of images, .npz files of images, saved statistics; their labels and pixels.
+"""Sets to compare: folders of images, .npz files of images, saved statistics; their labels and pixels.
 
-A folder is class/*, superclass/class/*, iNaturalist, VegFru or one of its lists, or images in any folders below; for
-.npz files see npz_sets.py.
+A folder is class/*, superclass/class/*, iNaturalist, VegFru or one of its lists, or images in any subfolders. For .npz
+files see npz_sets.py and saved_statistics.py.
 """
 
 import hashlib
@@ -13,17 +13,132 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.images import UnreadableImage, center_crop, list_images, to_rgb
-from evaluation.npz_sets import Arrays, Statistics, npz_members
+from dataset.images import UnreadableImage, center_crop, to_rgb
+from dataset.listing import list_images
+from evaluation.npz_sets import Arrays, npz_members
+from evaluation.saved_statistics import Statistics
 from hierarchy import Hierarchy, layouts
 from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible_entries
-from runtime.text import shorten
+from runtime.text import one_line, shorten
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
+# ---- folders -------------------------------------------------------------------------------------
 
-def open_set(path, trusted=False):
-    """The `Folder`, `Arrays` or `Statistics` at `path`; `trusted`: take statistics that do not say how they were made."""
+
+class Folder:
+    """Images of a folder; images beside class folders, such as a grid.png, are left out.
+
+    path        the folder, or a list of VegFru
+    labelled    True if there are class folders
+    paths       of the images, sorted by class and path, after `label`
+    labels      int64 (N,) after `label`, None before
+
+    Raises ValueError if the folder is absent or has no images.
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: Path):
+        self.path, self.paths, self.labels = path, [], None
+        if not path.exists():
+            raise ValueError(f"There is no {path}, expected a folder of images or an .npz file: check the path.")
+        if path.is_file() and path.suffix != ".txt":
+            raise ValueError(f"{path} is a file, expected a folder of images or an .npz file: name the folder.")
+        self.labelled = path.is_file() or bool(subfolders(path))
+        if not self.labelled:
+            self.check_not_empty(images_below(path))
+
+    def check_not_empty(self, paths: list[str]):
+        if not paths:
+            raise ValueError(f"{self.path} has no images in it, expected some (.png, .jpg, ...): check the path.")
+
+    def own_hierarchy(self) -> Hierarchy:
+        """Return the hierarchy that the folder defines; raises ValueError if it defines none."""
+        return Hierarchy.from_folder(self.path)
+
+    def label(self, hierarchy: Hierarchy | None):
+        """Set `paths` and `labels`, all 0 if the hierarchy is None. Raises ValueError if a class folder is unknown."""
+        if hierarchy is None:
+            folders = [self.path / name for name in subfolders(self.path)] if self.path.is_dir() else []
+            self.paths = [path for folder in folders for path in images_below(folder)] or images_below(self.path)
+            labels = np.zeros(len(self.paths))
+        elif self.path.is_file() or is_vegfru(self.path):
+            self.paths, labels = list_images(self.path, hierarchy)
+        else:
+            labels = self.add_class_folders(class_folders(self.path), hierarchy)
+        self.check_not_empty(self.paths)
+        order = np.argsort(labels, kind="stable")  # by class and path, independent of the folders' names
+        self.paths, self.labels = [self.paths[i] for i in order], np.asarray(labels, dtype=np.int64)[order]
+
+    def add_class_folders(self, folders: list[Path], hierarchy: Hierarchy) -> list[int]:
+        """Append the images of class folders to `paths`; return their labels, from the folders' names."""
+        label, labels = label_by_folder(hierarchy), []
+        for folder in folders:
+            name = folder.name.split("_")[0] if hierarchy.numbered else folder.name
+            if name not in label:
+                raise ValueError(
+                    f"{self.path} has a folder {folder.name!r}, expected names of classes of {hierarchy.name}: remove it or "
+                    "pass the --hierarchy that has it."
+                )
+            paths = images_below(folder)
+            self.paths += paths
+            labels += [label[name]] * len(paths)
+        return labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        """Return the path of image i."""
+        return str(self.paths[i])
+
+    def open(self, i: int) -> Image.Image:
+        """Read image i, RGB. Raises UnreadableImage, a ValueError, if it is damaged."""
+        try:
+            with Image.open(self.paths[i]) as image:
+                return to_rgb(image)
+        except Exception as error:  # decoders raise anything on damaged files
+            raise UnreadableImage(
+                f"Cannot read image {self.paths[i]} ({one_line(error)}): replace or remove it."
+            ) from None
+
+    def present(self, hierarchy: Hierarchy) -> set[int]:
+        """Return the superclasses that have images."""
+        return set(hierarchy.parents[np.unique(self.labels)].tolist())
+
+    def count_lossy(self) -> int:
+        """Return how many files have a format with lossy compression."""
+        return sum(str(path).lower().endswith(LOSSY) for path in self.paths)
+
+
+def images_below(folder: str | os.PathLike, above: tuple[str, ...] = ()) -> list[str]:
+    """Return the paths of the images in a folder and its subfolders; links back to a folder `above` are not followed."""
+    real_path = os.path.realpath(folder)
+    if real_path in above:
+        return []
+    paths = [entry.path for entry in visible_entries(folder) if is_image(entry)]
+    for name in subfolders(folder):
+        paths += images_below(os.path.join(folder, name), (*above, real_path))
+    return paths
+
+
+def label_by_folder(hierarchy: Hierarchy) -> dict[str, int]:
+    """Return {folder name: label}: the names of the classes, and the folder names that sampling writes for them."""
+    written = {name: i for i, name in enumerate(layouts.folder_names(hierarchy.classes))}
+    return written | {name: i for i, name in enumerate(hierarchy.classes)}
+
+
+# ---- all kinds of sets ---------------------------------------------------------------------------
+
+ImageSet = Folder | Arrays | Statistics
+
+
+def open_set(path: str | os.PathLike, trusted: bool = False) -> ImageSet:
+    """Open a folder, an .npz file of images or an .npz file of statistics.
+
+    trusted: accept statistics that do not say how they were made
+    """
     path = Path(path)
     if path.suffix != ".npz":
         return Folder(path)
@@ -31,16 +146,20 @@ def open_set(path, trusted=False):
     return Statistics(path, members, trusted) if "mu" in members else Arrays(path, members)
 
 
-def choose_hierarchy(spec, sets):
-    """The hierarchy of --hierarchy, else of the first set that has one; None ("none", or no set has classes): all
-    images are one class. ValueError where one set has classes and another has none."""
+def choose_hierarchy(spec: str | None, sets: list[ImageSet]) -> Hierarchy | None:
+    """Return the hierarchy of --hierarchy, or else of the first set that defines one.
+
+    None means that all images are one class: --hierarchy none, or no set has classes.
+
+    Raises ValueError if only one of the sets has classes, or nothing defines their superclasses.
+    """
     labelled = [each for each in sets if each.labelled]
     if spec == "none" or not labelled and not spec:
         return None
     if len(labelled) < len(sets):
         other = next(each for each in sets if not each.labelled)
         raise ValueError(
-            f"{other.path} has no classes, expected class folders or labels as the superclasses need them: sort it into "
+            f"{other.path} has no classes, expected class folders or labels for the metrics of each superclass: sort it into "
             "folders, or pass --hierarchy none."
         )
     if spec:
@@ -50,197 +169,116 @@ def choose_hierarchy(spec, sets):
         try:
             return each.own_hierarchy()
         except ValueError as error:
-            reasons.append(str(error).rstrip("."))
+            reasons.append(one_line(error))
     raise ValueError(
-        f"Nothing says which superclass the classes have ({reasons[0]}), expected --hierarchy: pass it, or --hierarchy none."
+        f"No set defines the superclasses of its classes ({reasons[0]}), expected --hierarchy: pass it, or --hierarchy none."
     )
 
 
-# ---- folders -------------------------------------------------------------------------------------
+def check_sets(sets: list[ImageSet], hierarchy: Hierarchy | None) -> list[int]:
+    """Return the superclasses that the sets have, sorted; [] without a hierarchy.
 
-
-class Folder:
-    """Images of a folder, `labels` (N,) after `label`. Images beside class folders, as a grid.png, are left out."""
-
-    kind = "folder"
-
-    def __init__(self, path):
-        self.path, self.paths, self.labels = path, [], None
-        if not path.exists():
-            raise ValueError(f"There is no {path}, expected a folder of images or an .npz file: check the path.")
-        if path.is_file() and path.suffix != ".txt":
-            raise ValueError(f"{path} is a file, expected a folder of images or an .npz file: name the folder.")
-        self.labelled = path.is_file() or bool(subfolders(path))
-        if not self.labelled:
-            self.check_images(images_below(path))
-
-    def check_images(self, paths):
-        if not paths:
-            raise ValueError(f"{self.path} has no images in it, expected some (.png, .jpg, ...): check the path.")
-
-    def own_hierarchy(self):
-        return Hierarchy.from_folder(self.path)
-
-    def label(self, hierarchy):
-        if hierarchy is None:
-            folders = [self.path / name for name in subfolders(self.path)] if self.path.is_dir() else []
-            self.paths = [path for folder in folders for path in images_below(folder)] or images_below(self.path)
-            labels = np.zeros(len(self.paths))
-        elif self.path.is_file() or is_vegfru(self.path):
-            self.paths, labels = list_images(self.path, hierarchy)
-        else:
-            labels = self.find_labels(class_folders(self.path), hierarchy)
-        self.check_images(self.paths)
-        order = np.argsort(labels, kind="stable")  # by class and path, whatever the folders are called
-        self.paths, self.labels = [self.paths[i] for i in order], np.asarray(labels, dtype=np.int64)[order]
-
-    def find_labels(self, folders, hierarchy):
-        """Fill `paths`; the label of each from the name of its folder."""
-        label, labels = label_by_folder(hierarchy), []
-        for folder in folders:
-            name = folder.name.split("_")[0] if hierarchy.numbered else folder.name
-            if name not in label:
-                raise ValueError(
-                    f"{self.path} has a folder {folder.name!r}, expected names of classes of {hierarchy.name}: remove it or "
-                    "pass the --hierarchy that has it."
-                )
-            found = images_below(folder)
-            self.paths += found
-            labels += [label[name]] * len(found)
-        return labels
-
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, i):
-        return str(self.paths[i])
-
-    def open(self, i):
-        """RGB image i."""
-        try:
-            with Image.open(self.paths[i]) as image:
-                return to_rgb(image)
-        except Exception as error:  # decoders raise all sorts of them at a damaged file
-            raise UnreadableImage(f"Cannot read image {self.paths[i]} ({error}): replace or remove it.") from None
-
-    def present(self, hierarchy):
-        """Superclasses that have images."""
-        return set(hierarchy.parents[np.unique(self.labels)].tolist())
-
-    def lossy(self):
-        """How many of the files were compressed with loss."""
-        return sum(str(path).lower().endswith(LOSSY) for path in self.paths)
-
-
-def images_below(folder, above=()):
-    """Paths of the images in a folder and in those below it; a link back to a folder above is not followed."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return []
-    paths = [entry.path for entry in visible_entries(folder) if is_image(entry)]
-    for name in subfolders(folder):
-        paths += images_below(os.path.join(folder, name), (*above, here))
-    return paths
-
-
-def label_by_folder(hierarchy):
-    """{name of a folder: label}: the class's name, or what sampling makes of it where no folder can be called so."""
-    written = {name: i for i, name in enumerate(layouts.folder_names(hierarchy.classes))}
-    return written | {name: i for i, name in enumerate(hierarchy.classes)}
-
-
-# ---- pixels --------------------------------------------------------------------------------------
-
-
-class Pixels(Dataset):
-    """Item i: uint8 (3, size, size) of image i of `images`, centre-cropped if `crop`, else of this size; and a digest
-    of its pixels, int64."""
-
-    def __init__(self, images, size, crop):
-        self.images, self.size, self.crop = images, size, crop
-
-    def __len__(self):
-        return len(self.images)
-
-    def name(self, i):
-        return self.images.name(i)
-
-    def __getitem__(self, i):
-        image = self.images.open(i)
-        if self.crop:
-            image = center_crop(image, self.size)
-        elif image.size != (self.size, self.size):
-            raise UnreadableImage(
-                f"{self.name(i)} has {image.width} x {image.height} pixels, expected {self.size} x {self.size} as the first: "
-                "make them of one size, or pass --image-size to crop them."
-            )
-        pixels = np.array(image)
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-        return torch.from_numpy(pixels).permute(2, 0, 1), int.from_bytes(digest, "little", signed=True)
-
-
-def pixels_of(sets, image_size=None):
-    """The side of the square images, and a `Pixels` for each of the sets (REAL, FAKE), None for statistics.
-
-    The side is `image_size`, to which both are cropped, else that of the images that the statistics among the sets were
-    made of, else of FAKE's first image; then only REAL is cropped.
+    Raises ValueError if a set has fewer than 2 images or the sets differ in superclasses.
     """
-    files = [each for each in sets if not isinstance(each, Statistics)]
-    size = image_size or next((each.record.get("crop") for each in sets if each not in files), None)
-    judged = None if size or not files else files[-1]  # the set that gives the size
-    if judged:
-        width, size = judged.open(0).size
-        if width != size:
-            raise ValueError(
-                f"{judged.name(0)} has {width} x {size} pixels, expected a square: pass --image-size to crop both sides."
-            )
-    crops = [bool(image_size) or each is sets[0] and each is not judged for each in sets]
-    return size, [Pixels(each, size, crop) if each in files else None for each, crop in zip(sets, crops)]
-
-
-# ---- what is wrong with two sets -----------------------------------------------------------------
-
-
-def check_sides(sets, hierarchy):
-    """ValueError where a set has one image, or superclasses differ between the sets; the superclasses s that they have."""
     for each in sets:
         if len(each) < 2:
-            raise ValueError(f"{each.path} has 1 image, expected at least 2 to speak of a distribution: add images.")
+            raise ValueError(f"{each.path} has 1 image, expected at least 2 for a distribution: add images.")
     present = [each.present(hierarchy) if hierarchy else set() for each in sets]
     for here, there, each, other in zip(present, present[::-1], sets, sets[::-1]):
         names = [hierarchy.superclasses[s] for s in sorted(there - here)]
         if names:
             raise ValueError(
                 f"{each.path} has no images of {len(names)} superclasses that {other.path} has ({shorten(names)}), expected the "
-                "same on both sides: add them, or leave them out of both."
+                "same in both sets: add them, or leave them out of both."
             )
     return sorted(present[0])
 
 
-def doubts(sets, hierarchy, digests):
-    """Sentences about what may be wrong with the images; `digests`: of their pixels, None for statistics."""
-    found = []
-    files = [(each, digest) for each, digest in zip(sets, digests) if digest is not None]
-    lossy = [each for each, _ in files if each.lossy()]
-    if len(files) == 2 and len(lossy) == 1:
-        found.append(
-            f"{lossy[0].lossy():,} files of {lossy[0].path} were compressed with loss and none of the other side: FID sees it."
+# ---- pixels --------------------------------------------------------------------------------------
+
+
+class Pixels(Dataset):
+    """A dataset whose item i is image i, uint8 (3, size, size), and the int64 digest of its pixels.
+
+    crop: centre-crop the images; if False they must have this size, or reading one raises UnreadableImage, a ValueError
+    """
+
+    def __init__(self, images: Folder | Arrays, size: int, crop: bool):
+        self.images, self.size, self.crop = images, size, crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        """Return a name of image i for messages."""
+        return self.images.name(i)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        image = self.images.open(i)
+        if self.crop:
+            image = center_crop(image, self.size)
+        elif image.size != (self.size, self.size):
+            raise UnreadableImage(
+                f"{self.name(i)} has {image.width} x {image.height} pixels, expected {self.size} x {self.size} as the first "
+                "image: make them one size, or pass --image-size to crop them."
+            )
+        pixels = np.array(image)
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
+        return torch.from_numpy(pixels).permute(2, 0, 1), int.from_bytes(digest, "little", signed=True)
+
+
+def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[int | None, list[Pixels | None]]:
+    """Return the side of the images in pixels, and a `Pixels` for each set, None for statistics.
+
+    The side is `image_size`, and then all images are cropped; or else that of the saved statistics, or of the last set's
+    first image, and then only the first set (REAL) is cropped, unless it gave the side.
+
+    Raises ValueError if the image that gives the side is not square.
+    """
+    with_images = [each for each in sets if not isinstance(each, Statistics)]
+    size = image_size or next((each.record.get("crop") for each in sets if each not in with_images), None)
+    reference = None if size or not with_images else with_images[-1]  # the set that gives the side
+    if reference:
+        width, size = reference.open(0).size
+        if width != size:
+            raise ValueError(
+                f"{reference.name(0)} has {width} x {size} pixels, expected a square: pass --image-size to crop both sets."
+            )
+    crops = [bool(image_size) or each is sets[0] and each is not reference for each in sets]
+    return size, [Pixels(each, size, crop) if each in with_images else None for each, crop in zip(sets, crops)]
+
+
+# ---- notes ---------------------------------------------------------------------------------------
+
+
+def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, digests: list[np.ndarray | None]) -> list[str]:
+    """Return sentences about what may be wrong with the images: compression, copies, missing classes.
+
+    digests: (N,) of each set's pixels, None for statistics
+    """
+    notes = []
+    with_images = [(each, digest) for each, digest in zip(sets, digests) if digest is not None]
+    lossy = [each for each, _ in with_images if each.count_lossy()]
+    if len(with_images) == 2 and len(lossy) == 1:
+        notes.append(
+            f"{lossy[0].count_lossy():,} files of {lossy[0].path} were compressed with loss and none of the other side: "
+            "FID sees it."
         )
-    for each, digest in files:
+    for each, digest in with_images:
         copies = len(digest) - len(np.unique(digest))
         if copies:
-            found.append(f"{copies:,} images of {each.path} are exact copies of others there.")
+            notes.append(f"{copies:,} images of {each.path} are exact copies of others there.")
         single = int((np.bincount(each.labels) == 1).sum())
         if hierarchy and single:
-            found.append(f"{single:,} classes of {each.path} have one image: LPIPS within a class leaves them out.")
-    if len(files) == 2:
-        (real, real_digest), (fake, fake_digest) = files
+            notes.append(f"{single:,} classes of {each.path} have one image: LPIPS within a class leaves them out.")
+    if len(with_images) == 2:
+        (real, real_digest), (fake, fake_digest) = with_images
         copies = int(np.isin(fake_digest, real_digest).sum())
         if copies:
-            found.append(f"{copies:,} images of {fake.path} are exact copies of images of {real.path}.")
+            notes.append(f"{copies:,} images of {fake.path} are exact copies of images of {real.path}.")
         for each, other in ((real, fake), (fake, real)):
             missing = sorted(set(other.labels.tolist()) - set(each.labels.tolist()))
             if missing:
                 names = shorten(hierarchy.classes[c] for c in missing)
-                found.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
-    return found
+                notes.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
+    return notes

@@ -1,7 +1,7 @@
-"""Figures for sets of images, computed from features: formulas only, no images and no networks.
+"""Formulas of the metrics, from features alone: Frechet and kernel distance, precision and recall, Inception score, LPIPS.
 
-Features are (n, d) tensors, a row per image, of any float type; everything is computed in float64. What is impossible
-or not finite is a ValueError, before it reaches an eigenvalue solver.
+Features are (n, d) tensors of any float type, one row per image; all sums are float64. Features that are too few or
+non-finite raise ValueError before they reach an eigenvalue solver.
 """
 
 from typing import NamedTuple
@@ -12,15 +12,20 @@ import torch
 FLOAT = torch.float64
 
 
-def check_features(features, least=2):
-    """Features as float64; ValueError if they are not (n, d), fewer than `least` rows, or not finite."""
+def check_features(features: torch.Tensor, least: int = 2) -> torch.Tensor:
+    """Return (n, d) features as float64.
+
+    Raises ValueError if the shape is another, if there are fewer than `least` rows, or if a value is non-finite.
+    """
     if features.ndim != 2:
-        raise ValueError(f"Features have the shape {tuple(features.shape)}, expected (images, numbers): reshape them.")
+        raise ValueError(
+            f"Features have the shape {tuple(features.shape)}, expected (images, dimensions): reshape them."
+        )
     if len(features) < least:
-        raise ValueError(f"There are features of {len(features)} images, expected at least {least}: add images.")
+        raise ValueError(f"Found features of {len(features)} images, expected at least {least}: add images.")
     if not torch.isfinite(features).all():
         row = int((~torch.isfinite(features).all(1)).nonzero()[0])
-        raise ValueError(f"The features of image {row} are not finite, expected numbers: leave it out.")
+        raise ValueError(f"The features of image {row} are non-finite, expected finite features: leave it out.")
     return features.to(FLOAT)
 
 
@@ -28,7 +33,7 @@ def check_features(features, least=2):
 
 
 class Gaussian(NamedTuple):
-    """n images (None: unknown), mean (d,) and covariance (d, d), which is the unbiased one."""
+    """Mean (d,) and unbiased covariance (d, d) of the features of n images; n is None if unknown."""
 
     n: int | None
     mean: torch.Tensor
@@ -36,66 +41,75 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """n, mean (d,) and scatter (d, d) = sum_i (x_i - mean)(x_i - mean)^T of the rows seen so far.
+    """Running n, mean (d,) and scatter (d, d) = sum_i (x_i - mean)(x_i - mean)^T of the rows added so far.
 
-    Merged by the pairwise update of Chan, Golub & LeVeque (1983), which does not cancel as sums of squares do.
+    Uses the pairwise update of Chan, Golub & LeVeque (1983), which avoids the cancellation of plain sums of squares.
     """
 
-    def __init__(self, dim, device="cpu"):
+    def __init__(self, dim: int, device: str | torch.device = "cpu"):
         self.n = 0
         self.mean = torch.zeros(dim, dtype=FLOAT, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=FLOAT, device=device)
 
-    def add(self, features):
-        """Take in the rows of (n, d) features."""
+    def add(self, features: torch.Tensor):
+        """Add the rows of (n, d) features."""
         rows = check_features(features, least=1)
         mean = rows.mean(0)
         centred = rows - mean
         self.scatter.addmm_(centred.T, centred)
         self._shift(len(rows), mean)
 
-    def merge(self, other):
-        """Take in all that `other` has seen."""
+    def merge(self, other: "Moments"):
+        """Add all rows of `other`."""
         if other.n:
             self.scatter += other.scatter
             self._shift(other.n, other.mean)
 
-    def _shift(self, n, mean):
+    def _shift(self, n: int, mean: torch.Tensor):
         total, delta = self.n + n, mean - self.mean
         self.scatter.addr_(delta, delta, alpha=self.n * n / total)
         self.mean += delta * (n / total)
         self.n = total
 
-    def sums_about(self, centre):
-        """sum_i (x_i - centre)(x_i - centre)^T"""
+    def scatter_about(self, centre: torch.Tensor) -> torch.Tensor:
+        """Return sum_i (x_i - centre)(x_i - centre)^T, (d, d), for a centre (d,)."""
         return torch.addr(self.scatter, self.mean - centre, self.mean - centre, alpha=self.n)
 
-    def gaussian(self):
+    def gaussian(self) -> Gaussian:
+        """Return mean and unbiased covariance. Raises ValueError if there are fewer than 2 rows."""
         if self.n < 2:
-            raise ValueError(f"There are features of {self.n} images, expected at least 2: a covariance needs them.")
+            raise ValueError(f"Found features of {self.n} images, expected at least 2 for a covariance: add images.")
         return Gaussian(self.n, self.mean, self.scatter / (self.n - 1))
 
 
 # ---- Frechet distance ----------------------------------------------------------------------------
-# A distribution is (mean (d,), root (d, r)) with root root^T = its covariance.
+# A distribution is a pair (mean (d,), root (d, r)); root root^T is its covariance.
+
+Distribution = tuple[torch.Tensor, torch.Tensor]
 
 
-def gaussian_root(gaussian):
-    """(mean, root) of a `Gaussian`, by the symmetric eigendecomposition; eigenvalues that are rounding become 0."""
+def gaussian_root(gaussian: Gaussian) -> Distribution:
+    """Return (mean (d,), root (d, d)) from a symmetric eigendecomposition; eigenvalues at rounding level become 0.
+
+    Raises ValueError if the shapes do not match or a value is non-finite.
+    """
     mean, covariance = gaussian.mean.to(FLOAT), gaussian.covariance.to(FLOAT)
     if covariance.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"A covariance is {tuple(covariance.shape)} for a mean of {len(mean)} numbers, expected d x d."
+            f"A covariance has the shape {tuple(covariance.shape)}, expected ({len(mean)}, {len(mean)}) as its mean has."
         )
     if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise ValueError("A mean or covariance is not finite, expected numbers: compute the statistics again.")
+        raise ValueError("A mean or covariance is non-finite, expected finite values: compute the statistics again.")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     noise = len(values) * torch.finfo(FLOAT).eps * values.abs().max()
     return mean, vectors * torch.where(values > noise, values, 0).sqrt()
 
 
-def features_root(features):
-    """(mean, root) of (n, d) features: the centred rows themselves over sqrt(n - 1), exact for any n and d."""
+def features_root(features: torch.Tensor) -> Distribution:
+    """Return (mean (d,), root (d, min(n, d))) of (n, d) features; the root is exact for any n and d.
+
+    The root is the transpose of the centred rows over sqrt(n - 1), or of their R factor if n > d.
+    """
     rows = check_features(features)
     mean = rows.mean(0)
     root = (rows - mean) / (len(rows) - 1) ** 0.5
@@ -104,25 +118,26 @@ def features_root(features):
     return mean, root.T
 
 
-def frechet_distance(a, b):
-    """Squared Frechet distance of two Gaussians (Dowson & Landau 1982), each (mean, root); of Inception features FID
-    (arXiv 1706.08500).
+def frechet_distance(a: Distribution, b: Distribution) -> float:
+    """Return the squared Frechet distance of two Gaussians (Dowson & Landau 1982), at least 0.
 
-    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2, where the last trace is the sum of the singular values of
-    R1^T R2, its nuclear norm: no root of a matrix product is taken, and a singular covariance is as good as another.
+    a, b: (mean (d,), root (d, r)). On Inception features this is FID (arXiv 1706.08500).
+
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2. The last trace equals the nuclear norm of R1^T R2, the sum
+    of its singular values, so no matrix product needs a square root and covariances may be singular.
+
+    Raises ValueError if the dimensions differ or the distance overflows float64.
     """
     (mean1, root1), (mean2, root2) = a, b
     if mean1.shape != mean2.shape:
         raise ValueError(
-            f"Features have {len(mean1)} and {len(mean2)} numbers, expected as many on both sides: use one network."
+            f"Features have {len(mean1)} and {len(mean2)} dimensions, expected the same for both sets: use one network."
         )
     overlap = torch.linalg.svdvals(root1.T @ root2).sum()
     distance = (mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * overlap
     if not torch.isfinite(distance):
-        raise ValueError(
-            "The Frechet distance is too large for a float64, expected features of moderate size: scale them."
-        )
-    return max(0.0, distance.item())  # of equal sets, rounding may leave -1e-13
+        raise ValueError("The Frechet distance overflows float64, expected features of moderate size: scale them down.")
+    return max(0.0, distance.item())  # rounding may leave -1e-13 for equal sets
 
 
 # ---- kernel distance, precision and recall -------------------------------------------------------
@@ -130,16 +145,23 @@ def frechet_distance(a, b):
 KID_SUBSETS, KID_SIZE = 100, 1000
 
 
-def kid_size(n, m):
-    """Images in a subset: 1,000 as in the literature, or half of the smaller side where one has fewer."""
+def kid_size(n: int, m: int) -> int:
+    """Return the subset size: 1,000 as in the literature, or half of the smaller set if that has fewer images."""
     return KID_SIZE if min(n, m) >= KID_SIZE else max(2, min(n, m) // 2)
 
 
-def kid(real, fake, subsets=KID_SUBSETS, size=None, seed=0):
-    """Kernel inception distance (arXiv 1801.01401): mean and standard deviation over random subsets.
+def kid(
+    real: torch.Tensor, fake: torch.Tensor, subsets: int = KID_SUBSETS, size: int | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Return the kernel inception distance (arXiv 1801.01401): mean and standard deviation over random subsets.
 
-    The unbiased squared MMD under the kernel (x.y / d + 1)^3. The subsets are torch-fidelity's for this seed, with
-    `fake` as its first input.
+    It is the unbiased squared MMD under the kernel (x.y / d + 1)^3. torch-fidelity draws the same subsets for this seed
+    if `fake` is its first input.
+
+    real, fake: features (n, d) and (m, d)
+    size: images per subset, default `kid_size(n, m)`
+
+    Raises ValueError if a set has fewer than 2 images or `size` is outside 2 to min(n, m).
     """
     real, fake = check_features(real), check_features(fake)
     size = size or kid_size(len(real), len(fake))
@@ -157,13 +179,22 @@ def kid(real, fake, subsets=KID_SUBSETS, size=None, seed=0):
     return float(np.mean(values)), float(np.std(values))
 
 
-def polynomial_kernel(x, y):
+def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return (x_i . y_j / d + 1)^3, (n, m), for rows x (n, d) and y (m, d)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def precision_recall(real, fake, k=3, chunk=1000):
-    """Improved precision and recall (arXiv 1904.06991): the share of fake rows that lie within the distance of a real
-    row to its k-th nearest real neighbour, and the same with the sides changed."""
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+    """Return improved precision and recall (arXiv 1904.06991), both in [0, 1].
+
+    Precision is the share of `fake` rows that lie no further from some real row than that row's k-th nearest real
+    neighbour; recall swaps the two sets.
+
+    real, fake: features (n, d) and (m, d)
+    chunk: rows per block of the distance matrix
+
+    Raises ValueError if a set has k images or fewer.
+    """
     real, fake = check_features(real, least=k + 1), check_features(fake, least=k + 1)
     centre = real.mean(0)
     real, fake = real - centre, fake - centre
@@ -177,8 +208,8 @@ def precision_recall(real, fake, k=3, chunk=1000):
     return tuple(shares)
 
 
-def squared_distances(x, y):
-    """|x_i - y_j|^2 (n, m), exactly 0 for equal rows."""
+def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return |x_i - y_j|^2, (n, m), exactly 0 for equal rows; x (n, d), y (m, d)."""
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
     distance = norms - 2 * x @ y.T
     return torch.where(distance > 1e-12 * norms, distance, 0)
@@ -187,8 +218,11 @@ def squared_distances(x, y):
 # ---- Inception score -----------------------------------------------------------------------------
 
 
-def score_splits(n, seed=0, splits=10):
-    """The split (n,) of each image for the Inception score: torch-fidelity's for this seed, fewer where n is less."""
+def score_splits(n: int, seed: int = 0, splits: int = 10) -> np.ndarray:
+    """Return each image's split for the Inception score, int64 (n,) in [0, min(splits, n)).
+
+    torch-fidelity draws the same splits for this seed.
+    """
     splits, split = min(splits, n), np.empty(n, dtype=np.int64)
     order = np.random.RandomState(seed).permutation(n)
     for i in range(splits):
@@ -196,8 +230,14 @@ def score_splits(n, seed=0, splits=10):
     return split
 
 
-def score_sums(logits, split, splits):
-    """Sums (splits, classes + 2) over the images of each split: p, p.log p, and their number. They add over batches."""
+def score_sums(logits: torch.Tensor, split: np.ndarray, splits: int) -> torch.Tensor:
+    """Return the sums over each split's images that the Inception score needs, (splits, classes + 2); they add over batches.
+
+    The columns are the sum of p (one per class), the sum of p.log p, and the number of images.
+
+    logits: (n, classes)
+    split: (n,) in [0, splits)
+    """
     log_p = check_features(logits, least=1).log_softmax(1)
     p = log_p.exp()
     columns = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
@@ -205,28 +245,36 @@ def score_sums(logits, split, splits):
     return sums.index_add_(0, torch.as_tensor(split, device=p.device), columns)
 
 
-def inception_score(sums):
-    """exp(mean KL(p || mean p)) (arXiv 1606.03498): mean and standard deviation over the splits."""
+def inception_score(sums: torch.Tensor) -> tuple[float, float]:
+    """Return exp(mean KL(p || mean p)) (arXiv 1606.03498): mean and standard deviation over the splits of `score_sums`."""
     p, entropy, n = sums[:, :-2] / sums[:, -1:], sums[:, -2], sums[:, -1]
     scores = (entropy / n - torch.xlogy(p, p).sum(1)).exp()
     return scores.mean().item(), scores.std(correction=0).item()
 
 
 # ---- diversity -----------------------------------------------------------------------------------
-# LPIPS with weights that are not negative is a squared distance |f_i - f_j|^2 of stacked features, so that the mean
-# over pairs needs of a set of images only n, sum |f_i|^2 and the Gram matrix of its sums of features.
+# LPIPS has non-negative weights, so it is a squared distance |f_i - f_j|^2 of stacked features. Means over pairs of images
+# then need only n, sum |f_i|^2 and the Gram matrix of the feature sums.
 
 
-def mean_over_pairs(n, squares, total):
-    """Mean |f_i - f_j|^2 over the n (n - 1) / 2 pairs: squares = sum |f_i|^2, total = |sum f_i|^2. NaN where n < 2."""
+def mean_over_pairs(n: torch.Tensor, squares: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Return the mean of |f_i - f_j|^2 over the n (n - 1) / 2 pairs of each set of images; NaN if n < 2.
+
+    n, squares, total: one entry per set, of any shape; squares = sum |f_i|^2 and total = |sum f_i|^2
+    """
     return torch.where(n > 1, (n * squares - total) / (n * (n - 1) / 2), torch.nan)
 
 
-def mean_over_weighted_pairs(n, squares, gram, weights):
-    """Mean |f_i - f_j|^2 over the pairs of images in B blocks, block b taken weights[r, b] times; (R,).
+def mean_over_weighted_pairs(
+    n: torch.Tensor, squares: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return R means of |f_i - f_j|^2 over all pairs of images, with block b of the images taken weights[r, b] times; (R,).
 
-    n, squares (B,): images and sum |f_i|^2 of each block; gram (B, B): products of the blocks' sums of f. Copies of a
-    block are not paired with each other. Weights of 1 give the mean over all pairs.
+    Copies of a block are not paired with each other. Weights of 1 give the mean over all pairs.
+
+    n, squares: (B,) images and sum |f_i|^2 of each block
+    gram: (B, B) inner products of the blocks' feature sums
+    weights: (R, B)
     """
     distance = n[:, None] * squares + squares[:, None] * n - 2 * gram
     pairs = n[:, None] * n
@@ -238,14 +286,14 @@ def mean_over_weighted_pairs(n, squares, gram, weights):
     return sums[0] / sums[1]
 
 
-def resamples(units, seed=0, replicates=1000):
-    """Weights (replicates, units): how often each unit is drawn in `units` draws with replacement."""
+def bootstrap_weights(units: int, seed: int = 0, replicates: int = 1000) -> torch.Tensor:
+    """Return how often each unit is drawn in `units` draws with replacement, float64 (replicates, units)."""
     draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=replicates)
     return torch.from_numpy(draws).to(FLOAT)
 
 
-def interval(values, level=0.95):
-    """The percentile interval [low, high] of bootstrapped values (Efron 1979), None if there are none."""
+def percentile_interval(values: torch.Tensor, level: float = 0.95) -> list[float] | None:
+    """Return the percentile interval [low, high] of bootstrapped values (Efron 1979); None if no value is finite."""
     values = values[torch.isfinite(values)]
     if len(values) == 0:
         return None

@@ -1,32 +1,35 @@
-"""The result of an evaluation as a table for the terminal, Markdown, CSV, JSON and a bar figure."""
+"""The report of an evaluation as a table for the terminal, Markdown, CSV, JSON and a bar figure."""
 
 import csv
 import io
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from runtime.files import atomic_write
+from runtime.text import markdown_table
 
 OVERALL = "overall"
 
 
-def columns(report):
-    """[(title, function of a row, format)], those that have a figure in some row."""
-    every = [
+def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
+    """Return the table's columns (title, function of a row, format), those that have a value in some row."""
+    candidates = [
         ("real", lambda row: row["n_real"], "{:,}"),
         ("fake", lambda row: row["n_fake"], "{:,}"),
         ("FID", lambda row: row.get("fid"), "{:.3f}"),
         ("floor", lambda row: row.get("floor"), "{:.3f}"),
-        ("KID x 1000", lambda row: spread(row), "{:.2f} ± {:.2f}"),
+        ("KID x 1000", lambda row: scaled_kid(row), "{:.2f} ± {:.2f}"),
     ]
     for name in report["overall"].get("features", {}):
-        every += [
+        candidates += [
             (f"FD {name}", lambda row, name=name: row["features"][name]["fd"], "{:.4g}"),
             (f"floor {name}", lambda row, name=name: row["features"][name].get("floor"), "{:.4g}"),
-            (f"KID x 1000 {name}", lambda row, name=name: spread(row["features"][name]), "{:.4g} ± {:.2g}"),
+            (f"KID x 1000 {name}", lambda row, name=name: scaled_kid(row["features"][name]), "{:.4g} ± {:.2g}"),
         ]
-    every += [
+    candidates += [
         ("LPIPS", lambda row: row.get("lpips"), "{:.3f}"),
         ("real LPIPS", lambda row: row.get("lpips_real"), "{:.3f}"),
         ("pooled", lambda row: row.get("lpips_pooled"), "{:.3f}"),
@@ -35,20 +38,21 @@ def columns(report):
         ("superclass", lambda row: row.get("superclass_accuracy"), "{:.1%}"),
     ]
     rows = rows_of(report).values()
-    return [column for column in every if any(column[1](row) is not None for row in rows)]
+    return [column for column in candidates if any(column[1](row) is not None for row in rows)]
 
 
-def spread(found):
-    return None if found.get("kid") is None else (1000 * found["kid"], 1000 * found["kid_std"])
+def scaled_kid(values: dict) -> tuple[float, float] | None:
+    """Return 1000 x KID, mean and standard deviation; None without KID."""
+    return None if values.get("kid") is None else (1000 * values["kid"], 1000 * values["kid_std"])
 
 
-def rows_of(report):
-    """{name: row}, the superclasses and then all images."""
+def rows_of(report: dict) -> dict[str, dict]:
+    """Return {name: row}: the superclasses, then all images."""
     return {**report["superclasses"], OVERALL: report["overall"]}
 
 
-def cells(report):
-    """The table as text: a list of rows, the titles first."""
+def cells(report: dict) -> list[list[str]]:
+    """Return the table as text, row by row, titles first."""
     chosen = columns(report)
     lines = [["", *(title for title, _, _ in chosen)]]
     for name, row in rows_of(report).items():
@@ -61,22 +65,23 @@ def cells(report):
     return lines
 
 
-def remarks(report):
-    """Sentences that belong under the table."""
-    stamp = [f"NOT COMPARABLE with published figures: {reason}." for reason in report["not_comparable"]]
-    whole, more = report["overall"], []
-    if whole.get("precision") is not None:
-        more.append(f"Precision {whole['precision']:.3f}, recall {whole['recall']:.3f}.")
-    if whole.get("inception_score") is not None:
-        more.append(f"Inception score {whole['inception_score']:.2f} ± {whole['inception_score_std']:.2f}.")
+def remarks(report: dict) -> list[str]:
+    """Return the sentences under the table: warnings, metrics without a column, notes."""
+    warnings = [f"NOT COMPARABLE with published figures: {reason}." for reason in report["not_comparable"]]
+    overall, metrics = report["overall"], []
+    if overall.get("precision") is not None:
+        metrics.append(f"Precision {overall['precision']:.3f}, recall {overall['recall']:.3f}.")
+    if overall.get("inception_score") is not None:
+        metrics.append(f"Inception score {overall['inception_score']:.2f} ± {overall['inception_score_std']:.2f}.")
     for key, title in (("lpips", "LPIPS within a class"), ("lpips_pooled", "LPIPS pooled")):
-        if whole.get(f"{key}_interval"):
-            low, high = whole[f"{key}_interval"]
-            more.append(f"{title} {whole[key]:.3f}, 95% interval over classes {low:.3f} to {high:.3f}.")
-    return stamp + more + report["notes"]
+        if overall.get(f"{key}_interval"):
+            low, high = overall[f"{key}_interval"]
+            metrics.append(f"{title} {overall[key]:.3f}, 95% interval over classes {low:.3f} to {high:.3f}.")
+    return warnings + metrics + report["notes"]
 
 
-def text_table(report):
+def text_table(report: dict) -> str:
+    """Return the table with aligned columns, and the remarks."""
     lines = cells(report)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = [
@@ -87,24 +92,24 @@ def text_table(report):
     return "\n".join([*rows, *(f"  {text}" for text in remarks(report))])
 
 
-def markdown(report):
-    titles, *lines = cells(report)
-    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *lines]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(report: dict) -> str:
+    """Return the table and the remarks as Markdown."""
+    titles, *rows = cells(report)
+    table = "\n".join(markdown_table(titles, rows, align="l" + "r" * (len(titles) - 1)))
     return table + "\n\n" + "\n".join(f"- {text}" for text in remarks(report)) + "\n"
 
 
-def flat(row, prefix=""):
-    """{"a.b": value} of nested dicts."""
+def flatten(row: dict, prefix: str = "") -> dict[str, object]:
+    """Return {"a.b": value} of nested dicts."""
     pairs = {}
     for key, value in row.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        pairs |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return pairs
 
 
-def csv_text(report):
-    """Every figure of every row; the last column says whether it compares with published ones."""
-    rows = {name: flat(row) for name, row in rows_of(report).items()}
+def csv_text(report: dict) -> str:
+    """Return every metric of every row as CSV; the last column is False if they do not compare with published ones."""
+    rows = {name: flatten(row) for name, row in rows_of(report).items()}
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -114,8 +119,8 @@ def csv_text(report):
     return file.getvalue()
 
 
-def bar_figure(report):
-    """Bars by superclass of every column that is a single number, but the counts."""
+def bar_figure(report: dict) -> Figure:
+    """Draw bars by superclass for every column with one value per row, except the counts."""
     shown = [column for column in columns(report)[2:] if "±" not in column[2]]
     rows = rows_of(report)
     figure = Figure(figsize=(3 + 2.2 * len(shown), 1.5 + 0.3 * len(rows)), layout="constrained")
@@ -132,8 +137,8 @@ def bar_figure(report):
     return figure
 
 
-def write_report(folder, report):
-    """metrics.json, .md, .csv and superclasses.png, each whole or not at all."""
+def write_report(folder: Path, report: dict):
+    """Write metrics.json, metrics.md, metrics.csv and superclasses.png, each atomically."""
     texts = {
         "metrics.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "metrics.md": markdown(report),

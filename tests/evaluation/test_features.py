@@ -1,7 +1,5 @@
-"""The networks: bit for bit those of the published programs on the same weights, and what they refuse."""
+"""The networks give the same outputs as the published programs on the same weights, and refuse files that do not fit."""
 
-import pickle
-import urllib.error
 import warnings
 
 import lpips
@@ -23,10 +21,11 @@ with warnings.catch_warnings():
 
 from evaluation import features
 from evaluation.metrics import Gaussian, features_root, frechet_distance, gaussian_root
+from runtime.files import sha256
 
 
 def images(n, size, seed=0):
-    """uint8 (n, 3, size, size), of several scales"""
+    """uint8 (n, 3, size, size), with structure at several scales"""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
     x = F.interpolate(coarse, (size, size), mode="bicubic") + 0.1 * torch.randn(n, 3, size, size, generator=generator)
@@ -35,7 +34,7 @@ def images(n, size, seed=0):
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    """Random weights in the form of the published file."""
+    """Random weights in the format of the published file."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(features.inception().module.net.state_dict(), path)
     return path
@@ -44,33 +43,33 @@ def inception_file(tmp_path_factory):
 # ---- Inception -----------------------------------------------------------------------------------
 
 
-def test_inception_is_torch_fidelitys_bit_for_bit(inception_file):
+def test_inception_equals_torch_fidelity_bit_for_bit(inception_file):
     x = images(3, 40)
     expected = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], inception_file)(x)
     network = features.inception(inception_file, spatial=True)
-    found = network(x)
-    assert found["features"].equal(expected[0]) and found["logits"].equal(expected[1])
-    assert found["features"].std(0).min() >= 0 and found["features"].std() > 0.1
+    outputs = network(x)
+    assert outputs["features"].equal(expected[0]) and outputs["logits"].equal(expected[1])
+    assert outputs["features"].std(0).min() >= 0 and outputs["features"].std() > 0.1
     assert network.record == {
         "name": "inception",
-        "weights": features.sha256(inception_file),
+        "weights": sha256(inception_file),
         "resize": "tf1",
     }
-    # ADM's spatial features: 7 channels of the first branch of the seventh block, (17, 17, 7) as TensorFlow lays them out
+    # ADM's spatial features: 7 channels of the first branch of the seventh block, (17, 17, 7) in TensorFlow's order
     maps = {}
     network.module.net.Mixed_6d.branch1x1.register_forward_hook(lambda *_: maps.update(out=_[-1]))
     spatial = network(x)["spatial"].reshape(3, 17, 17, 7)
     assert spatial[1, 4, 9, 6] == maps["out"][1, 6, 4, 9] and spatial.std() > 0
 
 
-def test_fid_is_pytorch_fids_on_the_same_weights(inception_file, tmp_path, monkeypatch):
-    load = torch.load(inception_file, weights_only=True)
-    monkeypatch.setattr(pytorch_fid_inception, "load_state_dict_from_url", lambda *args, **kwargs: load)
+def test_fid_equals_pytorch_fid_on_the_same_weights(inception_file, tmp_path, monkeypatch):
+    weights = torch.load(inception_file, weights_only=True)
+    monkeypatch.setattr(pytorch_fid_inception, "load_state_dict_from_url", lambda *args, **kwargs: weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reference = pytorch_fid_inception.InceptionV3([3])
     network = features.inception(inception_file, resize="pytorch")
-    sides, expected = [], []
+    found, expected = [], []  # features (6, 2048) of two sets
     for seed in (0, 1):
         x = images(6, 48, seed) // (1 + seed)
         paths = [tmp_path / f"{seed}-{i}.png" for i in range(len(x))]
@@ -78,25 +77,24 @@ def test_fid_is_pytorch_fids_on_the_same_weights(inception_file, tmp_path, monke
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         with torch.inference_mode():
             expected.append(fid_score.get_activations(paths, reference, batch_size=6, num_workers=0))
-        sides.append(network(x)["features"])
-        np.testing.assert_allclose(sides[-1], expected[-1], rtol=1e-5, atol=1e-5)
-    sets = [torch.from_numpy(side).double() for side in expected]
-    assert frechet_distance(*map(features_root, sides)) == pytest.approx(
-        frechet_distance(*map(features_root, sets)), rel=1e-6
-    )
-    # its own formula needs covariances of full rank: some of the 2,048 features
-    few = [side[:, :4].double() for side in sides]
-    found = frechet_distance(*(gaussian_root(Gaussian(6, x.mean(0), torch.cov(x.T))) for x in few))
-    theirs = [s for side in expected for s in (side[:, :4].mean(0), np.cov(side[:, :4], rowvar=False))]
-    assert found == pytest.approx(fid_score.calculate_frechet_distance(*theirs), rel=1e-6)
+        found.append(network(x)["features"])
+        np.testing.assert_allclose(found[-1], expected[-1], rtol=1e-5, atol=1e-5)
+    fid = frechet_distance(*map(features_root, found))
+    expected_sets = [torch.from_numpy(x).double() for x in expected]
+    assert fid == pytest.approx(frechet_distance(*map(features_root, expected_sets)), rel=1e-6)
+    # pytorch-fid's own formula needs covariances of full rank: take 4 of the 2,048 features
+    few = [x[:, :4].double() for x in found]
+    fid = frechet_distance(*(gaussian_root(Gaussian(6, x.mean(0), torch.cov(x.T))) for x in few))
+    statistics = [s for x in expected for s in (x[:, :4].mean(0), np.cov(x[:, :4], rowvar=False))]
+    assert fid == pytest.approx(fid_score.calculate_frechet_distance(*statistics), rel=1e-6)
 
 
 def test_resizes():
     x = images(2, 37)
-    scaled = {name: features.Inception(name).scaled(x) for name in features.RESIZES}
+    scaled = {name: features.Inception(name).scale(x) for name in features.RESIZES}
     tf1 = interpolate_bilinear_2d_like_tensorflow1x(x.float(), (299, 299), align_corners=False)
     assert scaled["tf1"].equal((tf1 - 128) / 128)
-    for i, channel in enumerate(x[1]):  # clean-fid's: Pillow's bicubic on floats
+    for i, channel in enumerate(x[1]):  # clean-fid uses Pillow's bicubic resize on floats
         clean = Image.fromarray(channel.numpy().astype(np.float32), mode="F").resize(
             (299, 299), Image.Resampling.BICUBIC
         )
@@ -106,90 +104,14 @@ def test_resizes():
     assert (scaled["pytorch"] - scaled["tf1"]).abs().max() > 0.1
     same = images(1, 299)
     for name in ("tf1", "clean"):
-        torch.testing.assert_close(features.Inception(name).scaled(same), (same.float() - 128) / 128)
-
-
-# ---- finding and reading weights -----------------------------------------------------------------
-
-
-def test_weights_are_looked_for_in_torch_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(features, "published_prefix", lambda what: "0b5ea2a6")
-    for name in ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"):
-        path = tmp_path / "hub/checkpoints" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"weights")
-        with refusal("has the SHA-256 ", "expected 0b5ea2a6", "delete it, or pass a file as --inception"):
-            features.find_weights("inception", None)
-        monkeypatch.setattr(features, "sha256", lambda path: "0b5ea2a6" + 56 * "0")
-        assert features.find_weights("inception", None) == path
-        path.unlink()
-        monkeypatch.undo()
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        monkeypatch.setattr(features, "published_prefix", lambda what: "0b5ea2a6")
-    assert features.find_weights("lpips-trunk", "here.pth").name == "here.pth"
-
-
-def test_published_files():
-    assert (
-        features.published_prefix("inception") == "6726825d" and features.published_prefix("lpips-trunk") == "7be5be79"
-    )
-    assert all(names[0].startswith("https://") for names in features.PUBLISHED.values())
-
-
-def test_no_network_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def unreachable(url, path, hash_prefix):
-        assert hash_prefix == "7be5be79"
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with refusal("alexnet", r"could not be downloaded \(no route to host\)", "expected ", "as --lpips-trunk"):
-        features.find_weights("lpips-trunk", None)
-
-
-class Trap:
-    def __reduce__(self):  # what an attacker's pickle would run
-        return print, ("ran",)
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (None, ["There is no file"]),
-        (b"", ["is not a checkpoint"]),
-        (b"<html>not found</html>", ["is not a checkpoint"]),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["is not a checkpoint"]),
-        (pickle.dumps({"fc.bias": Trap()}, protocol=2), ["holds pickled code"]),
-        ([1, 2], ["holds list", "expected tensors by name"]),
-        ({}, ["holds dict"]),
-        ({"fc.bias": torch.tensor([1.0, torch.nan])}, ["not finite in fc.bias"]),
-    ],
-)
-def test_files_that_are_no_weights(tmp_path, content, words, capsys):
-    path = tmp_path / "file.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with refusal(*words):
-        features.read_weights(path)
-    assert "ran" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("network", [features.inception, features.lpips_features])
-def test_weights_of_another_network(tmp_path, network):
-    torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
-    with refusal("other.pth", "expected |does not fit", "name another file"):
-        network(tmp_path / "other.pth")
+        torch.testing.assert_close(features.Inception(name).scale(same), (same.float() - 128) / 128)
 
 
 # ---- LPIPS ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [64, 31])
-def test_lpips_features_are_lpips(tmp_path, size):
+def test_distances_of_lpips_features_equal_lpips(tmp_path, size):
     torch.manual_seed(0)
     trunk = alexnet()
     torch.save(trunk.state_dict(), tmp_path / "alexnet.pth")
@@ -210,7 +132,7 @@ def test_lpips_features_are_lpips(tmp_path, size):
     assert found[0, 4] == 0 and found[0, 1] > 0.01 and expected.max() > 0.1
 
 
-def test_images_too_small_for_lpips():
+def test_images_too_small_for_lpips_are_refused():
     with refusal("30 x 30 pixels", "expected 31 or more", "--lpips-trunk none"):
         features.lpips_features()(images(1, 30))
 
@@ -218,7 +140,8 @@ def test_images_too_small_for_lpips():
 # ---- named networks ------------------------------------------------------------------------------
 
 
-def saved(tmp_path, model, **sizes):
+def save_timm_model(tmp_path, model, **sizes):
+    """Save a timm model's weights as DDP names them; return the model and the path."""
     torch.manual_seed(1)
     net = timm.create_model(model, **sizes).eval()
     path = tmp_path / f"{model}.pth"
@@ -227,31 +150,31 @@ def saved(tmp_path, model, **sizes):
 
 
 @pytest.mark.parametrize("model, size", [("test_resnet", 160), ("test_vit", 160)])
-def test_a_timm_model_with_a_local_file(tmp_path, model, size):
-    net, path = saved(tmp_path, model, num_classes=7)
+def test_timm_model_with_local_weights(tmp_path, model, size):
+    net, path = save_timm_model(tmp_path, model, num_classes=7)
     config = timm.data.resolve_model_data_config(net)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     assert config["input_size"] == (3, size, size)
     x = images(2, size)
     with torch.inference_mode():
         scaled = (x / 255 - mean) / std
-        before, logits = net.forward_head(net.forward_features(scaled), pre_logits=True), net(scaled)
+        expected, logits = net.forward_head(net.forward_features(scaled), pre_logits=True), net(scaled)
     network = features.named_network(f"{model}={path}")
-    torch.testing.assert_close(network(x)["features"], before)
-    assert network.name == model and network.record["weights"] == features.sha256(path)
+    torch.testing.assert_close(network(x)["features"], expected)
+    assert network.name == model and network.record["weights"] == sha256(path)
     torch.testing.assert_close(features.named_network(f"{model}={path}", "logits")(x)["logits"], logits)
 
 
-def test_another_input_size(tmp_path):
-    _, path = saved(tmp_path, "test_vit")
+def test_timm_model_at_another_input_size(tmp_path):
+    _, path = save_timm_model(tmp_path, "test_vit")
     x = images(2, 64)
     network = features.named_network(f"test_vit@64={path}")
     assert network(x)["features"].shape == (2, 64) and network.module.size == (64, 64)
-    assert network.module.model.pos_embed.shape[1] == 17  # of 4 x 4 patches and the class token, resampled
+    assert network.module.model.pos_embed.shape[1] == 17  # resampled to 4 x 4 patches and the class token
 
 
-def test_a_file_that_does_not_fit_a_timm_model(tmp_path):
-    _, path = saved(tmp_path, "test_vit")
+def test_weights_that_do_not_fit_a_timm_model_are_refused(tmp_path):
+    _, path = save_timm_model(tmp_path, "test_vit")
     with refusal("does not fit timm's test_resnet"):
         features.named_network(f"test_resnet={path}")
 
@@ -259,7 +182,7 @@ def test_a_file_that_does_not_fit_a_timm_model(tmp_path):
 @pytest.mark.parametrize(
     "spec", ["no_such_model=file.pth", "test_vit@big=file.pth", "test_vit@=", "missing.pt", "test_vit"]
 )
-def test_specs_that_name_no_network(spec):
+def test_specs_that_name_no_network_are_refused(spec):
     with refusal("file|FILE"):
         features.named_network(spec)
 
@@ -274,7 +197,7 @@ class Maps(torch.nn.Module):
         return x.float()
 
 
-def test_a_torchscript_module(tmp_path):
+def test_torchscript_modules(tmp_path):
     x = images(2, 20)
     for module in (Means(), Maps()):
         torch.jit.script(module).save(tmp_path / f"{type(module).__name__}.pt")
@@ -287,7 +210,7 @@ def test_a_torchscript_module(tmp_path):
         features.named_network(str(tmp_path / "text.pt"))
 
 
-def test_random_weights_are_the_same_every_time():
+def test_random_weights_are_the_same_on_every_call():
     x = images(2, 32)
     for spec in ("test_vit@32", "test_resnet"):
         one, two = (features.named_network(spec, random=True) for _ in range(2))

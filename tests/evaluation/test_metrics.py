@@ -1,4 +1,4 @@
-"""Figures against closed forms, 50-digit arithmetic and the published programs, on the same features."""
+"""The formulas against closed forms, 50-digit arithmetic and the published programs, on the same features."""
 
 import itertools
 import math
@@ -22,17 +22,17 @@ with warnings.catch_warnings():
 from evaluation.metrics import (
     Gaussian,
     Moments,
+    bootstrap_weights,
     features_root,
     frechet_distance,
     gaussian_root,
     inception_score,
-    interval,
     kid,
     kid_size,
     mean_over_pairs,
     mean_over_weighted_pairs,
+    percentile_interval,
     precision_recall,
-    resamples,
     score_splits,
     score_sums,
 )
@@ -47,7 +47,7 @@ def gaussian(mean, covariance):
 
 
 def moments(x, batch=7):
-    """The `Gaussian` of features that come in batches."""
+    """The `Gaussian` of features (n, d) added in batches."""
     total = Moments(x.shape[1])
     for part in x.split(batch):
         total.add(part)
@@ -70,16 +70,16 @@ def rotation(seed, d):
 
 
 @pytest.mark.parametrize("offset", [0, 1e6])
-def test_moments_are_those_of_all_rows(offset):
+def test_moments_equal_those_of_all_rows(offset):
     x = draw(0, 50, 6) @ draw(1, 6, 6) + offset
     for batch in (1, 7, 50):
-        found = moments(x, batch)
-        assert found.n == 50
-        torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-14, atol=0)
-        torch.testing.assert_close(found.covariance, torch.cov(x.T), rtol=1e-9, atol=1e-9)
+        total = moments(x, batch)
+        assert total.n == 50
+        torch.testing.assert_close(total.mean, x.mean(0), rtol=1e-14, atol=0)
+        torch.testing.assert_close(total.covariance, torch.cov(x.T), rtol=1e-9, atol=1e-9)
 
 
-def test_merging_is_adding():
+def test_merged_moments_equal_those_of_all_rows():
     x = draw(0, 40, 5)
     parts = [Moments(5) for _ in range(4)]
     for part, rows in zip(parts, (slice(0, 1), slice(1, 25), slice(25, 40), slice(40, 40))):
@@ -95,7 +95,7 @@ def test_merging_is_adding():
 
 
 @pytest.mark.parametrize("d", [1, 2, 30])
-def test_of_equal_covariances_it_is_the_distance_of_the_means(d):
+def test_with_equal_covariances_it_is_the_distance_of_the_means(d):
     covariance = torch.cov(draw(0, d, 3 * d))
     covariance = covariance.reshape(d, d)
     shift = draw(1, d)
@@ -104,7 +104,7 @@ def test_of_equal_covariances_it_is_the_distance_of_the_means(d):
 
 
 @pytest.mark.parametrize("d", [1, 2, 30])
-def test_of_commuting_covariances_it_is_the_distance_of_their_roots(d):
+def test_with_commuting_covariances_it_is_the_distance_of_their_roots(d):
     vectors, a, b = rotation(0, d), draw(1, d).exp(), draw(2, d).exp()
     a[d // 2 :] *= torch.arange(len(a[d // 2 :])) > 0  # one of them may be singular
     found = frechet_distance(
@@ -114,17 +114,17 @@ def test_of_commuting_covariances_it_is_the_distance_of_their_roots(d):
 
 
 def fifty_digits(x, y):
-    """The Frechet distance of the moments of two small sets, in 50 digits, by the definition."""
+    """The Frechet distance of two small sets (n, d) and (m, d), from its definition in 50-digit arithmetic."""
     with mpmath.workdps(50):
-        sides = []
+        gaussians = []
         for rows in (mpmath.matrix(x.tolist()), mpmath.matrix(y.tolist())):
             n = rows.rows
             mean = mpmath.matrix([[mpmath.fsum(rows[:, j]) / n for j in range(rows.cols)]])
             centred = mpmath.matrix(n, rows.cols)
             for i, j in itertools.product(range(n), range(rows.cols)):
                 centred[i, j] = rows[i, j] - mean[j]
-            sides.append((mean, centred.T * centred / (n - 1)))
-        (m1, s1), (m2, s2) = sides
+            gaussians.append((mean, centred.T * centred / (n - 1)))
+        (m1, s1), (m2, s2) = gaussians
         values, vectors = mpmath.eigsy(s1)
         root = vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values]) * vectors.T
         overlap = mpmath.fsum(mpmath.sqrt(max(v, 0)) for v in mpmath.eigsy(root * s2 * root, eigvals_only=True))
@@ -137,22 +137,22 @@ def fifty_digits(x, y):
     [
         (20, 20, 4, 0),
         (9, 30, 8, 0),
-        (5, 4, 8, 0),  # fewer images than dimensions on both sides
-        (4, 40, 8, 0),  # on one
+        (5, 4, 8, 0),  # fewer images than dimensions in both sets
+        (4, 40, 8, 0),  # in one set
         (2, 2, 6, 0),
-        (30, 30, 6, 5),  # variances over ten orders of magnitude
+        (30, 30, 6, 5),  # variances span ten orders of magnitude
         (30, 5, 6, 5),
     ],
 )
 @pytest.mark.parametrize("distance", [by_features, by_statistics])
-def test_fifty_digits(n, m, d, scale, distance):
+def test_distance_equals_fifty_digit_arithmetic(n, m, d, scale, distance):
     spread = torch.logspace(0, -scale, d, dtype=torch.float64)
     x = draw(0, n, d) * spread @ rotation(1, d) + 0.5
     y = draw(2, m, d) * spread @ rotation(1, d) * 1.1
     assert distance(x, y) == pytest.approx(fifty_digits(x, y), rel=1e-6)
 
 
-def test_published_programs():
+def test_distance_equals_the_published_programs():
     x = draw(0, 300, 24) @ draw(1, 24, 24)
     y = draw(2, 200, 24) @ draw(3, 24, 24) + 0.3
     stats = [fid_features_to_statistics(z) for z in (x, y)]
@@ -163,7 +163,7 @@ def test_published_programs():
     assert by_features(x, y) == pytest.approx(calculate_frechet_distance(*both), rel=1e-6)
 
 
-def test_the_definition_with_a_matrix_root():
+def test_distance_equals_the_definition_with_a_matrix_root():
     x, y = draw(0, 60, 5), draw(1, 40, 5) * 2
     a, b = torch.cov(x.T).numpy(), torch.cov(y.T).numpy()
     root = linalg.sqrtm(linalg.sqrtm(a) @ b @ linalg.sqrtm(a)).real
@@ -171,7 +171,7 @@ def test_the_definition_with_a_matrix_root():
     assert by_features(x, y) == pytest.approx(expected, rel=1e-9)
 
 
-def test_symmetric_and_unmoved_by_rotations():
+def test_distance_is_symmetric_and_invariant_to_rotation_and_shift():
     x, y, turn = draw(0, 12, 20), draw(1, 15, 20) + 1, rotation(2, 20)
     assert by_features(x, y) == pytest.approx(by_features(y, x), rel=1e-12)
     assert by_features(x @ turn + 3, y @ turn + 3) == pytest.approx(by_features(x, y), rel=1e-10)
@@ -191,12 +191,12 @@ def nan_at(row):
     return x
 
 
-EDGE_CASES = {  # name: (function, the exact value)
+EDGE_CASES = {  # name: (function, exact value or ValueError)
     "identical, from features": (lambda: by_features(SAME, SAME), 0),
     "identical, from statistics": (lambda: by_statistics(SAME, SAME), 0),
-    "identical but for the order": (lambda: by_features(SAME, SAME.flip(0)), 0),
+    "identical in another order": (lambda: by_features(SAME, SAME.flip(0)), 0),
     "identical, n < d": (lambda: by_features(SAME[:20], SAME[:20]), 0),
-    "identical, Inception's size": (lambda: by_features(*2 * [draw(3, 50, 2048, dtype=torch.float32).relu()]), 0),
+    "identical, Inception's dimension": (lambda: by_features(*2 * [draw(3, 50, 2048, dtype=torch.float32).relu()]), 0),
     "every image twice": (lambda: by_features(CENTRED.repeat(2, 1) * 799**0.5, CENTRED * 798**0.5), 0),
     "shifted": (lambda: by_features(SAME, SAME + 2), 4 * 64),
     "scaled": (
@@ -205,9 +205,9 @@ EDGE_CASES = {  # name: (function, the exact value)
     ),
     "singular, dead dimensions": (lambda: by_features(FLAT, 2 * FLAT + 1), None),
     "singular, from statistics": (lambda: by_statistics(FLAT, 2 * FLAT + 1), None),
-    "constant on both sides": (lambda: by_statistics(torch.ones(5, 8), torch.full((4, 8), 3.0)), 32),
-    "constant on one side": (lambda: by_features(torch.zeros(5, 64), SAME), "mean and trace"),
-    "two images a side": (lambda: by_features(torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [5.0]])), 16 + 2),
+    "constant in both sets": (lambda: by_statistics(torch.ones(5, 8), torch.full((4, 8), 3.0)), 32),
+    "constant in one set": (lambda: by_features(torch.zeros(5, 64), SAME), "mean and trace"),
+    "two images per set": (lambda: by_features(torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [5.0]])), 16 + 2),
     "tiny numbers": (lambda: by_features(SAME * 1e-100, SAME * 1e-100 + 1e-100) * 1e200, 64),
     "large numbers": (lambda: by_features(SAME * 1e100, SAME * 1e100 + 1e100) * 1e-200, 64),
     "huge n": (lambda: by_features(HUGE, HUGE + 1), 32),
@@ -220,9 +220,9 @@ EDGE_CASES = {  # name: (function, the exact value)
     "infinite": (lambda: by_features(SAME / 0, SAME), ValueError),
     "NaN in statistics": (lambda: gaussian(torch.zeros(2), torch.full((2, 2), torch.nan)), ValueError),
     "overflow": (lambda: by_features(SAME * 1e200, SAME), ValueError),
-    "another number of features": (lambda: by_features(SAME, SAME[:, :60]), ValueError),
+    "another dimension": (lambda: by_features(SAME, SAME[:, :60]), ValueError),
     "covariance of another size": (lambda: gaussian(torch.zeros(3), torch.eye(2)), ValueError),
-    "features that are images": (lambda: by_features(torch.zeros(4, 3, 8, 8), SAME), ValueError),
+    "images as features": (lambda: by_features(torch.zeros(4, 3, 8, 8), SAME), ValueError),
     "KID of one image": (lambda: kid(SAME[:1], SAME), ValueError),
     "KID of NaN": (lambda: kid(nan_at(0), SAME), ValueError),
     "KID subsets too large": (lambda: kid(SAME, SAME, size=500), ValueError),
@@ -232,7 +232,7 @@ EDGE_CASES = {  # name: (function, the exact value)
     "precision and recall of three images": (lambda: precision_recall(SAME[:3], SAME), ValueError),
     "diversity of one image": (lambda: math.isnan(mean_over_pairs(*torch.tensor([[1.0], [2], [2]]))), True),
     "diversity of copies": (lambda: mean_over_pairs(*torch.tensor([[3.0], [6], [18]])).item(), 0),
-    "an interval of nothing": (lambda: interval(torch.tensor([torch.nan])), None),
+    "interval without finite values": (lambda: percentile_interval(torch.tensor([torch.nan])), None),
 }
 
 
@@ -255,7 +255,7 @@ def test_edge_cases(name):
 
 
 @pytest.mark.parametrize("n, m", [(60, 50), (500, 40)])
-def test_kid_is_torch_fidelitys(n, m):
+def test_kid_equals_torch_fidelity(n, m):
     real, fake = draw(0, n, 96, dtype=torch.float32).relu(), draw(1, m, 96, dtype=torch.float32).relu() * 1.2
     for seed in (0, 2020):
         expected = kid_features_to_metric(fake, real, kid_subsets=20, kid_subset_size=30, rng_seed=seed, verbose=False)
@@ -272,12 +272,12 @@ def test_kid_is_unbiased():
     assert kid(x, y, subsets=2, size=6) == pytest.approx((expected.item(), 0), abs=1e-12)
 
 
-def test_kid_takes_the_size_of_the_literature():
+def test_kid_subset_sizes():
     assert [kid_size(*sizes) for sizes in ((1000, 5000), (999, 5000), (50, 7), (2, 2))] == [1000, 499, 3, 2]
 
 
 @pytest.mark.parametrize("n, m, d", [(80, 60, 4), (200, 150, 48)])
-def test_precision_and_recall_are_torch_fidelitys(n, m, d):
+def test_precision_and_recall_equal_torch_fidelity(n, m, d):
     real, fake = draw(0, n, d, dtype=torch.float32), draw(1, m, d, dtype=torch.float32) * 0.7 + 0.2
     expected = prc_features_to_metric(fake, real, verbose=False)
     found = precision_recall(real, fake, chunk=37)
@@ -285,16 +285,16 @@ def test_precision_and_recall_are_torch_fidelitys(n, m, d):
     assert 0 < found[1] < found[0]
 
 
-def test_precision_by_hand():
+def test_precision_of_a_hand_computed_example():
     real = torch.tensor([[0.0], [1], [2], [3], [50]])
     fake = torch.tensor([[-2.9], [-3.1], [3.5], [49], [1]])
     # the radii of the real points with k = 3 are 3, 2, 2, 3, 49
     assert precision_recall(real, fake)[0] == pytest.approx(4 / 5)  # all but -3.1
-    assert precision_recall(real[:4], fake)[0] == pytest.approx(3 / 5)  # nor 49
+    assert precision_recall(real[:4], fake)[0] == pytest.approx(3 / 5)  # and 49
 
 
 @pytest.mark.parametrize("n", [500, 23, 4])
-def test_inception_score_is_torch_fidelitys(n):
+def test_inception_score_equals_torch_fidelity(n):
     logits = draw(0, n, 30, dtype=torch.float32) * 3
     expected = isc_features_to_metric(logits, splits=min(10, n), rng_seed=5)
     split = score_splits(n, seed=5)
@@ -316,7 +316,7 @@ def test_mean_over_pairs():
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_weighted_pairs_are_pairs_of_copied_blocks():
+def test_weighted_pairs_equal_pairs_of_copied_blocks():
     sizes, weights = [2, 3, 1], torch.tensor([[1.0, 1, 1], [2, 0, 1], [0, 3, 0]])
     blocks = draw(0, 6, 8).split(sizes)
     n = torch.tensor(sizes, dtype=torch.float64)
@@ -333,14 +333,14 @@ def test_weighted_pairs_are_pairs_of_copied_blocks():
         assert value == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
-def test_resamples():
-    weights = resamples(7, seed=1)
-    assert weights.shape == (1000, 7) and (weights.sum(1) == 7).all() and weights.equal(resamples(7, seed=1))
-    assert weights.mean(0).sub(1).abs().max() < 0.1 and not weights.equal(resamples(7, seed=2))
+def test_bootstrap_weights():
+    weights = bootstrap_weights(7, seed=1)
+    assert weights.shape == (1000, 7) and (weights.sum(1) == 7).all() and weights.equal(bootstrap_weights(7, seed=1))
+    assert weights.mean(0).sub(1).abs().max() < 0.1 and not weights.equal(bootstrap_weights(7, seed=2))
 
 
-def test_an_interval_covers_what_it_should():
+def test_interval_of_a_mean_is_1_96_standard_errors():
     x = draw(0, 400)
-    low, high = interval(resamples(400) @ x / 400)
+    low, high = percentile_interval(bootstrap_weights(400) @ x / 400)
     half = 1.96 / 400**0.5
     assert low < x.mean() < high and high - low == pytest.approx(2 * half, rel=0.15)

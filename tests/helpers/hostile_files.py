@@ -20,8 +20,8 @@ from checkpoint.loading import load_adapted, load_full_weights, sha256
 from dataset import latents
 from dataset.images import read_crop
 from dataset.latents import LatentData
-from evaluation import features
 from evaluation.image_sets import Folder, open_set
+from evaluation.weights import read_network_weights
 from hierarchy import Hierarchy
 from tools import check_data
 
@@ -218,7 +218,7 @@ def read_checkpoint(path):
 
 READERS = [  # what reads it, files
     (read_checkpoint, PICKLES | SAFETENSORS),
-    (features.read_weights, PICKLES),
+    (read_network_weights, PICKLES),
     (open_set, ARRAYS),
     (lambda path: LatentData(path), {"latents": latents_of_objects}),
     (lambda path: read_crop(path / "1.png", 8), {"trained on": picture}),

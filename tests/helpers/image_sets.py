@@ -1,4 +1,4 @@
-"""Sets of images for the tests of evaluate.py, tiny networks to compare them by, and calls of the program."""
+"""Sets of images and tiny networks for the tests of evaluate.py, and a call of the command."""
 
 import json
 
@@ -13,31 +13,31 @@ import evaluate
 from dataset.images import center_crop
 
 NAMES = [name for names in CLASSES.values() for name in names]
-PLAIN = ("--num-workers", 0, "--inception", "none", "--lpips-trunk", "none")
+NO_NETWORKS = ("--num-workers", 0, "--inception", "none", "--lpips-trunk", "none")
 
 
 class Tiles(torch.nn.Module):
-    """uint8 images to 12 numbers."""
+    """uint8 (n, 3, H, W) -> (n, outputs), from the colours of 4 x 4 tiles."""
 
-    def __init__(self, numbers: int = 12):
+    def __init__(self, outputs: int = 12):
         super().__init__()
-        weight = torch.randn(48, numbers, generator=torch.Generator().manual_seed(0)) / 7
+        weight = torch.randn(48, outputs, generator=torch.Generator().manual_seed(0)) / 7
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x):
         return torch.tanh(F.adaptive_avg_pool2d(x.float() / 255, [4, 4]).flatten(1) @ self.weight)
 
 
-class Undefined(torch.nn.Module):
-    """NaN for images that are white in the first corner."""
+class NonFinite(torch.nn.Module):
+    """Features that are NaN for images with a white top-left corner."""
 
     def forward(self, x):
-        rest = 255 - x.float().mean(1)[:, 0, :2]
-        return rest / rest
+        distance = 255 - x.float().mean(1)[:, 0, :2]
+        return distance / distance
 
 
-def paint(root, size, each, seed, names=NAMES):
-    """`superclass/class/*.png`, of which the class sets the colours a little."""
+def write_set(root, size, each, seed, names=NAMES):
+    """Write `each` random images per class to superclass/class/*.png; later classes are slightly brighter."""
     noise = np.random.default_rng(seed)
     for superclass, classes in CLASSES.items():
         for name in classes:
@@ -52,36 +52,36 @@ def paint(root, size, each, seed, names=NAMES):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with sets `real` (30 images of 50 pixels) and `fake` (20 of 40), and networks `tiles`, `reader`, `undefined`."""
-    root = tmp_path_factory.mktemp("world")
-    paint(root / "real", 50, 6, seed=1)
-    paint(root / "fake", 40, 4, seed=2)
+def sets(tmp_path_factory):
+    """A folder with the sets `real` (30 images of 50 pixels) and `fake` (20 of 40), and TorchScript networks."""
+    root = tmp_path_factory.mktemp("sets")
+    write_set(root / "real", 50, 6, seed=1)
+    write_set(root / "fake", 40, 4, seed=2)
     (root / "fake/settings.json").write_text('{"sampler": "ddpm", "cfg_scale": 4.0}')
-    for name, module in {"tiles": Tiles(), "reader": Tiles(5), "undefined": Undefined()}.items():
+    for name, module in {"tiles": Tiles(), "classifier": Tiles(5), "non_finite": NonFinite()}.items():
         torch.jit.script(module).save(root / f"{name}.pt")
     return root
 
 
-def pixels(folder, size=40):
-    """{class: uint8 (n, 3, size, size)} of a folder of sets, the centre crops."""
-    found = {}
+def read_pixels(folder, size=40):
+    """Return {class: uint8 (n, 3, size, size)}, the centre-cropped images of a set."""
+    images = {}
     for path in sorted(folder.glob("*/*/*.png")):
         image = np.array(center_crop(Image.open(path), size))
-        found.setdefault(path.parent.name, []).append(torch.from_numpy(image).permute(2, 0, 1))
-    return {name: torch.stack(images) for name, images in found.items()}
+        images.setdefault(path.parent.name, []).append(torch.from_numpy(image).permute(2, 0, 1))
+    return {name: torch.stack(of_class) for name, of_class in images.items()}
 
 
 def run(command, out, *flags):
-    """The result of the command and, if it wrote one, its metrics.json."""
+    """Run evaluate.py; return its result and the content of its metrics.json, None if it wrote none."""
     result = command(evaluate.main, *flags, "--output", out)
     path = out / "metrics.json"
     return result, json.loads(path.read_text()) if path.is_file() else None
 
 
-def npz(world, path, save=np.savez, labels="arr_1", side="fake", **arrays):
-    """The images of a side in random order, and their labels."""
-    images = pixels(world / side)
+def save_npz(sets, path, save=np.savez, labels="arr_1", name="fake", **arrays):
+    """Save a set's images in random order, and their labels; return the path."""
+    images = read_pixels(sets / name)
     pairs = [(x.permute(1, 2, 0).numpy(), NAMES.index(name)) for name in NAMES for x in images[name]]
     order = np.random.default_rng(0).permutation(len(pairs))
     arrays |= {"arr_0": np.stack([pairs[i][0] for i in order])}
@@ -90,10 +90,10 @@ def npz(world, path, save=np.savez, labels="arr_1", side="fake", **arrays):
 
 
 @pytest.fixture(scope="session")
-def statistics(world, command, tmp_path_factory):
-    """`real.npz`, the statistics of the real images at 40 pixels under `tiles`."""
+def saved_statistics(sets, command, tmp_path_factory):
+    """real.npz: statistics of the real images at 40 pixels, with the network `tiles`."""
     path = tmp_path_factory.mktemp("statistics") / "real.npz"
-    flags = (*PLAIN[:4], "--random-weights", "--features", world / "tiles.pt", "--image-size", 40, "--save-stats", path)
-    result = command(evaluate.main, world / "real", *flags)
+    networks = (*NO_NETWORKS[:4], "--random-weights", "--features", sets / "tiles.pt")
+    result = command(evaluate.main, sets / "real", *networks, "--image-size", 40, "--save-stats", path)
     assert result.code == 0, result.err
     return path

@@ -17,7 +17,7 @@ import autoencoder
 from checkpoint.download import DIT_URL
 from checkpoint.format import read_weights
 from checkpoint.loading import DiT_models, load_adapted, load_weights
-from evaluation import features
+from evaluation.weights import PUBLISHED, load_strictly
 from hierarchy import Hierarchy, archive
 from hierarchy.layouts import folder_names
 
@@ -107,7 +107,7 @@ def test_weights_that_are_no_floats(dtype, tmp_path):
     network = torch.nn.Linear(2, 2)
     tensors = network.state_dict() | {"weight": torch.ones(2, 2).to(dtype)}
     with pytest.raises(ValueError, match=f"x.pt has weight of {dtype}"):
-        features.load(network, tensors, "x.pt", "a network")
+        load_strictly(network, tensors, "x.pt", "a network")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -179,12 +179,11 @@ PLACES = {  # what is done in so many files and in no others
     "torch.save": {"export.py", "features.py"},  # the forms of others; in memory, for torch-fidelity to read
     "torch.jit.load": {"features.py"},  # a program that the user names as one
     "urllib.request.urlopen": {"download.py"},
-    "torch.hub.download_url_to_file": {"features.py"},  # with a hash
 }
 NEVER = re.compile(
     r"(c?[pP]ickle|dill|joblib|marshal|shelve|cloudpickle)\.(dumps?|loads?|Pickler|Unpickler|open)|"
     r"eval|exec|compile|__import__|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.get\w+|commands\.\w+|"
-    r"(torch\.)?hub\.load\w*|yaml\.(load|unsafe_load)|\w*\.?urlretrieve"
+    r"(torch\.)?hub\.(load|download)\w*|yaml\.(load|unsafe_load)|\w*\.?urlretrieve"
 )
 IMPORTED = {"torch", "pickle", "subprocess", "os", "urllib.request", "torch.hub", "numpy"}  # called by their full names
 
@@ -208,7 +207,6 @@ def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
         assert options.get("pretrained", "False") == "False", where
         if name.startswith("subprocess."):
             assert isinstance(node.args[0], ast.List), where  # words, no line for a shell
-        assert name != "torch.hub.download_url_to_file" or "hash_prefix" in options, where
     assert places == PLACES
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -234,4 +232,4 @@ def test_every_address_is_encrypted():
     found = [path.name for path in SOURCES if re.search(r"\b(http|ftp)://", path.read_text())]
     assert not found
     assert DIT_URL.startswith("https://")
-    assert all(names[0].startswith("https://") for names in features.PUBLISHED.values())
+    assert all(names[0].startswith("https://") for names in PUBLISHED.values())

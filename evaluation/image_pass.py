@@ -1,0 +1,182 @@
+"""One pass over a set of images, on any number of processes: everything that the metrics need from its images.
+
+Images come class by class, in batches that do not depend on the number of processes; each process takes a contiguous
+run of batches. Sums are float64 and added over processes, so the number of processes changes only their rounding.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from evaluation.diversity import DiversitySums, select_rows
+from evaluation.features import Network
+from evaluation.metrics import FLOAT, Moments, score_sums
+from evaluation.networks import Networks
+from evaluation.plan import Plan
+from evaluation.reduction import gather_on_main, merge_over_processes, sum_over_processes
+
+
+@dataclass
+class PassResult:
+    """The result of a pass over N images, on the main process.
+
+    moments     {name: {(superclass, half): Moments}}; name: see `moments_name`
+    features    {network name: float32 (kept images, d)}, in the order of the images
+    score       {network name: sums of `metrics.score_sums`}
+    diversity   None without LPIPS, or "classes" (classes, 3): n, sum |f|^2 and |sum f|^2, NaN for classes without images;
+                and "gram" (blocks, blocks): inner products of the blocks' feature sums
+    correct     None without a classifier, or (2, superclasses): images classified as the right class, right superclass
+    digests     (N,) int64, of the pixels, in the order of the images
+    seconds     "total" and "network", of the slowest process
+    """
+
+    plan: Plan
+    moments: dict[str, dict[tuple[int, int], Moments]]
+    features: dict[str, torch.Tensor]
+    score: dict[str, torch.Tensor]
+    diversity: dict[str, torch.Tensor] | None
+    correct: np.ndarray | None
+    digests: np.ndarray
+    seconds: dict[str, float]
+
+
+class PassSums:
+    """One process's running sums; the fields of `PassResult`, and `features` and `digests` as lists of batches."""
+
+    def __init__(self, images: Dataset, plan: Plan, networks: Networks, device: torch.device):
+        self.images, self.plan, self.networks = images, plan, networks
+        self.device = float64_device(device)
+        dims = networks.output_dims(images.size, device)
+        self.moments, self.score, self.features, self.digests = {}, {}, {}, []
+        for network in networks.features:
+            outputs, name = dims[network], network.name
+            for key in without_logits(outputs):
+                self.moments[moments_name(name, key)] = {
+                    group: Moments(outputs[key], self.device) for group in plan.groups()
+                }
+            self.features[name] = [torch.empty(0, outputs["features"])]
+            if "logits" in outputs:
+                shape = plan.split.max() + 1, outputs["logits"] + 2
+                self.score[name] = torch.zeros(shape, dtype=FLOAT, device=self.device)
+        self.diversity = self.correct = None
+        if networks.lpips:
+            self.diversity = DiversitySums(plan.block, dims[networks.lpips]["features"], self.device)
+        if networks.classifier:
+            self.correct = np.zeros((2, plan.parents.max() + 1))
+
+    def add(self, rows: np.ndarray, images: torch.Tensor):
+        """Add a batch: image indices `rows` (n,), images uint8 (n, 3, size, size)."""
+        plan = self.plan
+        for network in self.networks.features:
+            self.add_features(network, rows, self.outputs(network, rows, images))
+        if self.diversity:
+            self.diversity.add(plan.labels[rows], self.outputs(self.networks.lpips, rows, images)["features"])
+        if self.networks.classifier:
+            logits = self.outputs(self.networks.classifier, rows, images)["logits"]
+            predicted, label = logits.argmax(1).cpu().numpy(), plan.labels[rows]
+            is_correct = predicted == label, plan.parents[predicted] == plan.parents[label]
+            for counts, correct in zip(self.correct, is_correct):
+                np.add.at(counts, plan.superclass[rows], correct)
+
+    def outputs(self, network: Network, rows: np.ndarray, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run a network; raises ValueError with the name of the first image whose output is non-finite."""
+        outputs = {key: x.to(self.device) for key, x in network(images).items()}
+        for x in outputs.values():
+            if not torch.isfinite(x).all():
+                row = rows[int((~torch.isfinite(x).all(1)).nonzero()[0])]
+                raise ValueError(
+                    f"The {network.name} features of {self.images.name(row)} are non-finite, expected finite features: replace "
+                    "the image or the weights."
+                )
+        return outputs
+
+    def add_features(self, network: Network, rows: np.ndarray, outputs: dict[str, torch.Tensor]):
+        """Add one network's outputs for a batch to the moments, the kept features and the Inception score's sums."""
+        plan = self.plan
+        groups = list(zip(plan.superclass[rows].tolist(), plan.half[rows].tolist()))
+        for key in without_logits(outputs):
+            for group in sorted(set(groups)):
+                mask = np.array([other == group for other in groups])
+                self.moments[moments_name(network.name, key)][group].add(select_rows(outputs[key], mask))
+        self.features[network.name].append(select_rows(outputs["features"], plan.kept[rows]).float().cpu())
+        if "logits" in outputs:
+            score = self.score[network.name]
+            score += score_sums(outputs["logits"], plan.split[rows], len(score))
+
+    def result(self, seconds: dict[str, float]) -> PassResult | None:
+        """Combine the processes; return the result on the main process, None on the others."""
+        plan, order = self.plan, self.plan.order
+        moments = {
+            name: {group: merge_over_processes(m) for group, m in groups.items()}
+            for name, groups in self.moments.items()
+        }
+        score = {name: sum_over_processes(sums).cpu() for name, sums in self.score.items()}
+        correct = self.correct
+        if correct is not None:
+            correct = sum_over_processes(torch.from_numpy(correct).to(self.device)).cpu().numpy()
+        diversity = self.diversity and self.diversity.result()
+        features = {name: torch.cat(batches) for name, batches in self.features.items()}
+        processes = gather_on_main((features, self.digests, seconds))
+        if processes is None:
+            return None
+        features, digests, seconds = zip(*processes)
+        # from the order of the pass back to the order of the images:
+        back = np.argsort(order[plan.kept[order]])
+        features = {name: torch.cat([of_process[name] for of_process in features])[back] for name in features[0]}
+        digests = np.concatenate([batch for batches in digests for batch in batches])[np.argsort(order)]
+        seconds = {key: max(of_process[key] for of_process in seconds) for key in seconds[0]}
+        return PassResult(plan, moments, features, score, diversity, correct, digests, seconds)
+
+
+def without_logits(outputs: dict) -> list[str]:
+    """Return the keys of a network's outputs that are features: "features" and Inception's "spatial"."""
+    return [key for key in outputs if key != "logits"]
+
+
+def moments_name(network: str, key: str) -> str:
+    """Return the name of moments: the network's for its "features", "NAME spatial" for ADM's spatial features."""
+    return network if key == "features" else f"{network} {key}"
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device for float64 sums: `device`, or the CPU for Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def run_pass(
+    images: Dataset,
+    plan: Plan,
+    networks: Networks,
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int = 4,
+    title: str = "images",
+) -> PassResult | None:
+    """Run the networks over all images; return the result on the main process, None on the others.
+
+    Every process calls this with the same arguments.
+
+    images: `image_sets.Pixels`, or a Dataset of (uint8 (3, size, size), int64 digest) with `.size` and `.name(i)`
+    batch_size, workers: images per batch and decoding workers, per process
+    title: of the progress bar
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    batches = [plan.order[i : i + batch_size] for i in range(0, len(plan.order), batch_size)]
+    own = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
+    sums = PassSums(images, plan, networks, device)
+    loader = DataLoader(images, batch_sampler=own, num_workers=workers, pin_memory=device.type == "cuda")
+    seconds, start = {"total": 0.0, "network": 0.0}, time.perf_counter()
+    with tqdm(total=sum(map(len, own)), unit="image", desc=title, disable=True if rank else None, leave=False) as bar:
+        for rows, (pixels, digests) in zip(own, loader):
+            begin = time.perf_counter()
+            sums.add(rows, pixels.to(device, non_blocking=True))
+            sums.digests.append(digests.numpy())
+            seconds["network"] += time.perf_counter() - begin
+            bar.update(len(rows))
+    seconds["total"] = time.perf_counter() - start
+    return sums.result(seconds)
