@@ -1,10 +1,11 @@
-"""Load the model that the flags of a sampling command name, and its guidance."""
+"""Load the model and the guidance that the flags of a sampling command name."""
 
+import argparse
 from dataclasses import replace
 
 import torch
 
-from autoencoder import load_autoencoder
+from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.description import ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import is_adapter, read_weights
@@ -13,29 +14,35 @@ from finetune import kind_of
 from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
+from models import DiT
 
 PAPER_DEFAULTS = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
-DIT_DEFAULTS = {"num_classes": 1000, "num_super_classes": 1}  # DiT's own checkpoint
+DIT_DEFAULTS = {"num_classes": 1000, "num_super_classes": 1}  # of DiT's own checkpoint, if they differ
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- model ---------------------------------------------------------------------------------------
 
 
-def infer_hierarchy(num_classes, num_super_classes):
-    """The hierarchy that a checkpoint's counts stand for: none below a null class, or iNaturalist's."""
+def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
+    """Infer the hierarchy from class counts: a null class alone for a plain DiT, or iNaturalist's.
+
+    Raises ValueError for other counts.
+    """
     if num_super_classes == 1:
         name, parents = f"a plain DiT with {num_classes} classes", [0] * num_classes
         return Hierarchy.from_dict({"name": name, "superclasses": ["null"], "parents": parents})
     if (num_classes, num_super_classes) == (PAPER_DEFAULTS["num_classes"], PAPER_DEFAULTS["num_super_classes"]):
         return Hierarchy.load("inat2021")
     raise ValueError(
-        f"Nothing says which of {num_super_classes} superclasses the {num_classes} classes have: pass --hierarchy, a .json file "
-        "or the image folder."
+        f"Found no hierarchy for {num_classes} classes and {num_super_classes} superclasses, expected one: pass --hierarchy, a "
+        ".json file or an image folder."
     )
 
 
-def load_checkpoint_model(args, device):
-    """(model, description, autoencoder) of a DiT's or FineDiffusion's checkpoint, by the flags and the paper's defaults."""
+def load_checkpoint_model(
+    args: argparse.Namespace, device: str | torch.device
+) -> tuple[DiT, ModelDescription, Autoencoder]:
+    """Load a DiT or FineDiffusion checkpoint, which the flags describe; the paper's values are the defaults."""
     defaults = PAPER_DEFAULTS | ({} if args.ckpt else DIT_DEFAULTS)
     flags = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in defaults.items()}
     if args.hierarchy:
@@ -62,8 +69,11 @@ def load_checkpoint_model(args, device):
     return model.eval(), description, autoencoder
 
 
-def load_model(args, device):
-    """(model on `device`, description, autoencoder) of --ckpt, an adapter or a checkpoint; "file" is where it was read."""
+def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[DiT, ModelDescription, Autoencoder]:
+    """Load --ckpt, an adapter or a checkpoint, onto the device, in evaluation mode and without gradients.
+
+    Raises ValueError if it cannot be read or contradicts a flag.
+    """
     if is_adapter(args.ckpt):
         model, description, autoencoder = load_adapter_model(args, device)
     else:
@@ -71,43 +81,50 @@ def load_model(args, device):
     return model.to(device).requires_grad_(False), description, autoencoder
 
 
-def load_adapter_model(args, device):
+def load_adapter_model(
+    args: argparse.Namespace, device: str | torch.device
+) -> tuple[DiT, ModelDescription, Autoencoder]:
+    """Load an adapter with its base. Raises ValueError if a flag contradicts the adapter."""
     model, description = load_adapted(args.ckpt, args.base)
     for key in ("model", "image_size"):
-        given = getattr(args, key)
-        if given not in (None, getattr(description, key)):
+        given, own = getattr(args, key), getattr(description, key)
+        if given not in (None, own):
             raise ValueError(
-                f"--{key.replace('_', '-')} is {given}, but {args.ckpt} was trained with {getattr(description, key)}: drop the "
-                "flag."
+                f"--{key.replace('_', '-')} is {given}, expected {own}, with which {args.ckpt} was trained: drop the flag."
             )
     check_counts(description.hierarchy, args.num_classes, args.num_super_classes)
     if args.hierarchy:
-        hierarchy = same_hierarchy(Hierarchy.load(args.hierarchy), description.hierarchy)
+        hierarchy = match_hierarchy(Hierarchy.load(args.hierarchy), description.hierarchy)
         description = replace(description, hierarchy=hierarchy)
     description = replace(description, vae=args.vae or description.vae, file=args.ckpt)
     autoencoder = load_autoencoder(description.vae, device)
     found = autoencoder.latent_size(description.image_size), autoencoder.channels
     if found != (description.latent_size, description.channels):
         raise ValueError(
-            f"The model works on {description.channels} x {description.latent_size}^2 latents, but the autoencoder makes "
-            f"{found[1]} x {found[0]}^2: pass the --vae it was trained with."
+            f"The latents of the autoencoder are {found[1]} x {found[0]}^2, expected {description.channels} x "
+            f"{description.latent_size}^2 for this model: pass the --vae it was trained with."
         )
     return model, description, autoencoder
 
 
-def same_hierarchy(given, own):
-    """`given`, which may bring names, if its map of superclasses is the adapter's `own`."""
+def match_hierarchy(given: Hierarchy, own: Hierarchy) -> Hierarchy:
+    """Return `given`, which may add names. Raises ValueError unless its parents are those of the adapter's `own`."""
     if not given.parents.equal(own.parents):
-        raise ValueError(f"--hierarchy is {given!r}, but the adapter was trained on {own!r}: drop the flag.")
+        raise ValueError(
+            f"--hierarchy is {given!r}, expected {own!r}, on which the adapter was trained: drop the flag."
+        )
     return given
 
 
-# ---- its guidance ---------------------------------------------------------------------------------------------------
+# ---- guidance ------------------------------------------------------------------------------------
 
 
-def build_guidance(args, model):
-    """The `Guidance` that the flags ask for, with the other weights it needs beside the model's."""
-    others = {"autoguidance": weak_weights, "domain": untrained_weights}
+def build_guidance(args: argparse.Namespace, model: DiT) -> Guidance:
+    """Return the guidance that the flags name, with the other weights it needs on the model's device.
+
+    Raises ValueError if the model cannot be guided so.
+    """
+    others = {"autoguidance": read_weak_weights, "domain": read_base_weights}
     other = others[args.guidance](args) if args.guidance in others else {}
     parameters = {name: model.get_parameter(name) for name in other}
     guidance = Guidance(
@@ -122,17 +139,18 @@ def build_guidance(args, model):
     return guidance
 
 
-def read_own_adapter(args):
-    """({name: tensor}, description) of --ckpt, the trained parameters alone."""
+def read_own_adapter(args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], ModelDescription]:
+    """Read the trained parameters in --ckpt. Raises ValueError if it is not an adapter."""
     if not is_adapter(args.ckpt):
         raise ValueError(
-            f"--guidance {args.guidance} swaps what a fine-tune has trained, but --ckpt is {args.ckpt}: expected an adapter."
+            f"--ckpt is {args.ckpt}, expected an adapter, whose trained parameters --guidance {args.guidance} swaps: pass one, "
+            "or choose another guidance."
         )
     return read_weights(args.ckpt)
 
 
-def weak_weights(args):
-    """What --weak has in place of the adapter's tensors: {name: tensor}."""
+def read_weak_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Read the tensors of --weak that replace the adapter's. Raises ValueError if it is not of the same run."""
     tensors, own = read_own_adapter(args)
     if not is_adapter(args.weak):
         raise ValueError(f"--weak is {args.weak}, expected an earlier adapter of the same run: name that.")
@@ -142,16 +160,17 @@ def weak_weights(args):
     same = bases[0] == bases[1] and all(getattr(own, name) == getattr(weak, name) for name in fields)
     if not same or {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in others.items()}:
         raise ValueError(
-            f"--weak {args.weak} is of another base, model or method than {args.ckpt}: expected an earlier adapter of the "
-            "same run."
+            f"--weak {args.weak} is of another base, model or method than {args.ckpt}, expected an earlier adapter of the same "
+            "run: name that."
         )
     return others
 
 
-def untrained_weights(args):
-    """What the adapter's base has in place of the adapter's tensors, and of its table the null row alone.
+def read_base_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Read the tensors of the adapter's base that replace the adapter's; its table is reduced to the null row.
 
-    Norms and DiffFit's factors that the base lacks are what they are before a fine-tune: 1, and 0 for a norm's bias.
+    Norms and DiffFit's factors that the base lacks have their initial values: 1, and 0 for the bias of a norm. Raises
+    ValueError if the base is not a plain DiT with a null row.
     """
     tensors, own = read_own_adapter(args)
     path = own.base and find_weights(args.base or own.base.path)
@@ -161,7 +180,7 @@ def untrained_weights(args):
         plain = base and not any(kind_of(name) == "norm" for name in base)
     if not plain:
         raise ValueError(
-            f"--guidance domain needs the null row of a plain DiT, but {args.ckpt} was not fine-tuned from one: choose another "
+            f"--guidance domain needs the null row of a plain DiT, and {args.ckpt} was not fine-tuned from one: choose another "
             "guidance."
         )
     start = {

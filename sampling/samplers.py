@@ -1,7 +1,9 @@
-"""From labels to images: a noise stream per image, the sampler, and pixels.
+"""From labels to images: a noise stream for each image, the samplers, and pixels.
 
-Shapes: N images, latents (N, C, h, w); labels (N,) rows of the class table.
+Shapes: N images; latents (N, C, h, w); labels (N,), rows of the class table.
 """
+
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -9,23 +11,29 @@ from tqdm import tqdm
 
 from diffusion import create_diffusion
 from guidance import Guidance, guided, hash_integer
+from models import DiT
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
 
 
-def noise_stream(*key):
-    """A stream of standard normal numbers, set by `key` alone: no batch, process or device changes a picture.
+# ---- noise ---------------------------------------------------------------------------------------
 
-    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a 128-bit hash: that two
-    of 500,000 images share a stream has a chance of 4e-28.
+
+def noise_stream(*key: Hashable) -> np.random.Generator:
+    """Return a stream of random numbers that `key` alone determines, whatever the batch, process or device.
+
+    Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a 128-bit hash: the
+    probability that two of 500,000 images share a stream is 4e-28.
     """
     return np.random.Generator(np.random.Philox(key=hash_integer(" ".join(map(str, key)))))
 
 
-def draw_noise(streams, shape, device="cpu"):
-    """Standard normal float32 (N, *shape), the i-th from the i-th stream.
+def draw_noise(
+    streams: Sequence[np.random.Generator], shape: Sequence[int], device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """Draw standard normal float32 noise (N, *shape), the i-th from the i-th stream.
 
-    A GPU is not waited for: the copy is queued behind what it computes.
+    Does not wait for a GPU: the copy is queued behind its computations.
     """
     on_gpu = torch.device(device).type == "cuda"
     noise = torch.empty(len(streams), *shape, pin_memory=on_gpu)
@@ -34,24 +42,26 @@ def draw_noise(streams, shape, device="cpu"):
     return noise.to(device, non_blocking=on_gpu)
 
 
-# ---- samplers -------------------------------------------------------------------------------------------------------
+# ---- samplers ------------------------------------------------------------------------------------
 
 
-def run_sampler(predict, draw_next, sampler="ddpm", steps=250, progress=False):
-    """Latents (N, C, h, w) from noise.
+def run_sampler(
+    predict: Callable, draw_next: Callable, sampler: str = "ddpm", steps: int = 250, progress: bool = False
+) -> torch.Tensor:
+    """Return latents (N, C, h, w) sampled from noise.
 
-    predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver, t (N,) one timestep in 0..999
-    draw_next   f() -> standard normal (N, C, h, w): the start, then for "ddpm" one for each step but the last
+    predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver; t (N,) is one timestep in 0..999
+    draw_next   f() -> standard normal noise (N, C, h, w): the initial noise, then for "ddpm" that of each step but the last
     sampler     "ddpm" (arXiv 2006.11239) or "ddim" (arXiv 2010.02502, eta 0) on evenly spaced timesteps, "dpm++"
-                (DPM-Solver++ 2M, arXiv 2211.01095) or "unipc" (UniPC-2, arXiv 2302.04867) on those of `solver_timesteps`
-    steps       1 to 1000, each one call of `predict`
+                (DPM-Solver++ 2M, arXiv 2211.01095) or "unipc" (UniPC-2, arXiv 2302.04867) on `solver_timesteps`
+    steps       1 to 1000; each calls `predict` once
     """
     x = draw_next()
     if sampler in ("dpm++", "unipc"):
         return run_solver(predict, x, sampler, solver_timesteps(steps), progress)
     diffusion = create_diffusion(str(steps))
     loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
-    idle = torch.zeros_like(x)  # the last step's noise, and all of DDIM's, is multiplied by zero
+    unused = torch.zeros_like(x)  # the noise of the last step, and all of DDIM's, is multiplied by zero
     return loop(
         predict,
         x.shape,
@@ -59,26 +69,28 @@ def run_sampler(predict, draw_next, sampler="ddpm", steps=250, progress=False):
         clip_denoised=False,
         progress=progress,
         device=x.device,
-        step_noise=lambda x, i: idle if i == 0 or sampler == "ddim" else draw_next(),
+        step_noise=lambda x, i: unused if i == 0 or sampler == "ddim" else draw_next(),
     )
 
 
-def solver_timesteps(steps):
-    """Where the solvers look, from 999 down to 0: int64 (steps,), even in the square root of the timestep.
+def solver_timesteps(steps: int) -> np.ndarray:
+    """Return the timesteps of the solvers, int64 (steps,) from 999 down to 0, evenly spaced in their square root.
 
-    The noise level changes fastest near 0. Among spacings even in timestep, its root, and the log of the
-    signal-to-noise ratio this one has the smallest error, or nearly so, from 5 steps to 50: benchmarks/solvers_*.md.
+    The noise level changes fastest near 0. Of spacings even in the timestep, in its root or in the log of the
+    signal-to-noise ratio, this one has the smallest error, or nearly so, from 5 to 50 steps: benchmarks/solvers_*.md.
     """
     squares = np.linspace(999**0.5, 0, steps) ** 2
-    return np.maximum(np.floor(squares + 0.5).astype(np.int64), np.arange(steps)[::-1])  # each timestep once
+    return np.maximum(np.floor(squares + 0.5).astype(np.int64), np.arange(steps)[::-1])  # no timestep twice
 
 
 @torch.no_grad()
-def run_solver(predict, x, sampler, timesteps, progress=False):
-    """The latents to which diffusers' multistep solver of order 2 takes x (N, C, h, w); see `walk`.
+def run_solver(
+    predict: Callable, x: torch.Tensor, sampler: str, timesteps: np.ndarray, progress: bool = False
+) -> torch.Tensor:
+    """Return latents from noise x (N, C, h, w) by a multistep solver of order 2 of diffusers.
 
-    `timesteps`: int64 (steps,), falling. From the last of them, 0, the last step goes to the x_0 predicted there, as
-    DDIM's does. Of a learned variance nothing is used.
+    predict, sampler  as in `run_sampler`; a learned variance is ignored
+    timesteps         int64 (steps,), decreasing. The last step goes from the last of them to the predicted x_0, as in DDIM
     """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # slow to import
 
@@ -96,13 +108,24 @@ def run_solver(predict, x, sampler, timesteps, progress=False):
     return x
 
 
-# ---- a model's pictures ---------------------------------------------------------------------------------------------
+# ---- sampling a model ----------------------------------------------------------------------------
 
 
-def sample_keyed(model, labels, keys, guidance, *, sampler="ddpm", steps=250, progress=False, autocast=None):
-    """Latents (N, C, h, w) of `labels` (N,), all that is random in the i-th set by the tuple `keys[i]`; see `walk`.
+def sample_keyed(
+    model: DiT,
+    labels: Sequence[int],
+    keys: Sequence[tuple],
+    guidance: Guidance,
+    *,
+    sampler: str = "ddpm",
+    steps: int = 250,
+    progress: bool = False,
+    autocast: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return latents (N, C, h, w) of `labels` (N,); see `run_sampler`.
 
-    `autocast`: the half precision in which the model computes, torch.bfloat16 or torch.float16.
+    keys      a tuple for each image, which determines everything random in it
+    autocast  half precision of the model, torch.bfloat16 or torch.float16, or None
     """
     device = model.pos_embed.device
     labels = torch.as_tensor(labels, device=device)
@@ -118,16 +141,40 @@ def sample_keyed(model, labels, keys, guidance, *, sampler="ddpm", steps=250, pr
 
 
 def sample_latents(
-    model, labels, positions, *, seed, cfg_scale, steps=250, sampler="ddpm", cfg_channels=3, progress=False
-):
-    """Latents (N, C, h, w) of `labels` (N,) under superclass guidance, image i keyed (seed, labels[i], positions[i])."""
+    model: DiT,
+    labels: Sequence[int],
+    positions: Sequence[int],
+    *,
+    seed: int,
+    cfg_scale: float,
+    steps: int = 250,
+    sampler: str = "ddpm",
+    cfg_channels: int | str = 3,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Return latents (N, C, h, w) of `labels` (N,) under superclass guidance.
+
+    positions: (N,). The key of image i is (seed, labels[i], positions[i]), as in sample.py.
+    """
     keys = [(seed, int(label), int(position)) for label, position in zip(labels, positions)]
     guidance = Guidance("superclass", cfg_scale, channels=cfg_channels)
     return sample_keyed(model, labels, keys, guidance, sampler=sampler, steps=steps, progress=progress)
 
 
-def sample_latents_official(model, labels, *, seed, cfg_scale, steps=250, cfg_channels=3, progress=False):
-    """As the official `sample.py`: one global stream set by `seed`, drawn for both halves of the guided batch."""
+def sample_latents_official(
+    model: DiT,
+    labels: Sequence[int],
+    *,
+    seed: int,
+    cfg_scale: float,
+    steps: int = 250,
+    cfg_channels: int | str = 3,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Return latents (N, C, h, w) of `labels` (N,) as the official `sample.py` samples them.
+
+    It sets torch's global seed, and draws noise for both halves of the guided batch.
+    """
     device = model.pos_embed.device
     torch.manual_seed(seed)
     labels = torch.as_tensor(labels, device=device)
@@ -147,16 +194,19 @@ def sample_latents_official(model, labels, *, seed, cfg_scale, steps=250, cfg_ch
     return samples[: len(labels)]
 
 
-def to_uint8(images):
-    """(N, 3, H, W) in [-1, 1] -> uint8, rounded."""
+# ---- images --------------------------------------------------------------------------------------
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Round images (N, 3, H, W) in [-1, 1] to uint8 on the CPU; values outside are clamped."""
     return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
 
 
-def check_finite_images(images, names):
-    """ValueError where an image of (n, 3, H, W) is not finite; `names`: what to call each."""
+def check_finite_images(images: torch.Tensor, names: Sequence[str]):
+    """Raise ValueError with the name of the first of the images (N, 3, H, W) that is not finite."""
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise ValueError(
-            f"{names[bad[0]]} is not finite, expected pixels: check --ckpt and --cfg-scale and, where they are given, "
-            "--mixed-precision and --tf32."
+            f"{names[bad[0]]} is not finite, expected finite pixels: check --ckpt and --cfg-scale, and --mixed-precision and "
+            "--tf32 if given."
         )

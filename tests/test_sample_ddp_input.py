@@ -146,7 +146,7 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(value, here, tmp_p
 
     monkeypatch.setattr(sample_ddp, "sample_keyed", broken)
     result = here("x", "--global-seed", 6)
-    refused(result, f"Image 7 of seed 6 (class {balanced_labels(8, 5)[7]}) is not finite, expected pixels")
+    refused(result, f"Image 7 of seed 6 (class {balanced_labels(8, 5)[7]}) is not finite, expected finite pixels")
     numbers = sorted(int(path.stem) for path in (tmp_path / "x").rglob("*.png"))
     assert numbers == list(range(7)) and not (tmp_path / "x.npz").exists()
     monkeypatch.undo()

@@ -176,9 +176,9 @@ sample --ckpt @nan.safetensors             | not finite in y_embedder.embedding_
 sample --ckpt @cut.safetensors             | is damaged
 sample --base @deeper.pt                   | is not the base of
 sample --base nowhere.pt                   | nowhere.pt
-sample --image-size 16                     | --image-size is 16, but
+sample --image-size 16                     | --image-size is 16, expected 8
 sample --num-classes 6                     | --num-classes is 6, but pets has 5
-sample --hierarchy @other.json             | trained on
+sample --hierarchy @other.json             | on which the adapter was trained
 sample --vae @vae                          | pass the --vae it was trained with
 sample --classes 10000                     | Class 10000 is out of range: pets has 0..4
 sample --classes -1                        | Class -1 is out of range
