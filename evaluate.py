@@ -47,7 +47,7 @@ from evaluation.saved_statistics import Statistics, save_adm, save_statistics
 from hierarchy import Hierarchy
 from runtime.cli import run_command
 from runtime.processes import keep_process_group, start_processes
-from runtime.text import shorten
+from runtime.text import one_line, shorten
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -136,7 +136,7 @@ def read_sample_settings(path: str | os.PathLike) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(
-            f"{path} is not JSON ({error}), expected the settings that sample_ddp.py writes: restore or remove it."
+            f"{path} is not JSON ({one_line(error)}), expected the settings that sample_ddp.py writes: restore or remove it."
         ) from None
 
 
@@ -166,7 +166,7 @@ def list_notes(
     settings: dict | None,
     rows: dict[str, dict],
 ) -> list[str]:
-    """Return sentences about what may be wrong with the images, and about groups with few of them.
+    """Return sentences about possible problems with the images, and about groups with few of them.
 
     settings: of the sampling, see `read_sample_settings`
     rows: {"overall" or superclass: metrics}
@@ -200,7 +200,7 @@ def build_report(
     """Compute all metrics and return the content of metrics.json.
 
     present: superclasses that the sets have
-    size: side of the images in pixels
+    size: pixels per side of the images
     settings: of the sampling, see `read_sample_settings`
     """
     real, fake = compared
@@ -235,6 +235,7 @@ def build_report(
 
 
 def main():
+    """Compare the sets of the command line; print the table and write the report."""
     args = parse_args(__doc__.split("\n")[0])
     check_settings(args)
     saves_real = bool(args.save_stats or args.save_adm)

@@ -131,13 +131,13 @@ class SavedSet:
         return gaussian_root(self.gaussian(s))
 
     def sample(self, network: str, s: int | None = None, limit: bool = False) -> None:
-        return None
+        """Return None: there are no features."""
 
     def score(self) -> None:
-        return None
+        """Return None: there are no logits."""
 
     def accuracy(self, s: int | None) -> None:
-        return None
+        """Return None: there are no predictions."""
 
     def diversity(self, s: int | None, seed: int) -> dict:
         """Return the LPIPS metrics saved with the statistics; {} if they are of another network or absent."""

@@ -51,7 +51,9 @@ class Network:
         return self.module(images)
 
 
-def make_network(name: str, module: nn.Module, path: str | os.PathLike | None, device, **options) -> Network:
+def make_network(
+    name: str, module: nn.Module, path: str | os.PathLike | None, device: str | torch.device, **options
+) -> Network:
     """Return a frozen `Network` on `device`; `path`: its weights, None if they are random."""
     module = module.to(device).eval().requires_grad_(False)
     return Network(name, module, {"name": name, "weights": sha256(path) if path else "random", **options})
@@ -197,7 +199,7 @@ class TimmNetwork(nn.Module):
 
     uint8 (n, 3, H, W) -> {key: (n, d)}
 
-    size: side of the input in pixels, 0 for the model's own
+    size: pixels per side of the input, 0 for the model's own
     key: "features" (before the head) or "logits"
     """
 
@@ -247,7 +249,7 @@ def named_network(
 ) -> Network:
     """Return the network of a --features or --classifier value.
 
-    spec: "MODEL[@SIZE]=FILE", a timm model, the side of its input in pixels, and its weights; "MODEL[@SIZE]" if `random`;
+    spec: "MODEL[@SIZE]=FILE", a timm model, pixels per side of its input, and its weights; "MODEL[@SIZE]" if `random`;
           or the path of a TorchScript file
     key: "features" or "logits"
 

@@ -50,6 +50,7 @@ class Folder:
             self.check_not_empty(images_below(path))
 
     def check_not_empty(self, paths: list[str]):
+        """Raise ValueError if there are no images."""
         if not paths:
             raise ValueError(f"{self.path} has no images in it, expected some (.png, .jpg, ...): check the path.")
 
@@ -169,7 +170,7 @@ def choose_hierarchy(spec: str | None, sets: list[ImageSet]) -> Hierarchy | None
         try:
             return each.own_hierarchy()
         except ValueError as error:
-            reasons.append(one_line(error))
+            reasons.append(str(error).rstrip("."))
     raise ValueError(
         f"No set defines the superclasses of its classes ({reasons[0]}), expected --hierarchy: pass it, or --hierarchy none."
     )
@@ -228,16 +229,16 @@ class Pixels(Dataset):
 
 
 def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[int | None, list[Pixels | None]]:
-    """Return the side of the images in pixels, and a `Pixels` for each set, None for statistics.
+    """Return the images' size in pixels per side, and a `Pixels` for each set, None for statistics.
 
-    The side is `image_size`, and then all images are cropped; or else that of the saved statistics, or of the last set's
-    first image, and then only the first set (REAL) is cropped, unless it gave the side.
+    With `image_size` all images are cropped to it. Otherwise only the first set, REAL, is cropped: to the size recorded in
+    saved statistics, or else to that of FAKE's first image. A set on its own keeps the size of its first image.
 
-    Raises ValueError if the image that gives the side is not square.
+    Raises ValueError if the image that sets the size is not square.
     """
     with_images = [each for each in sets if not isinstance(each, Statistics)]
     size = image_size or next((each.record.get("crop") for each in sets if each not in with_images), None)
-    reference = None if size or not with_images else with_images[-1]  # the set that gives the side
+    reference = None if size or not with_images else with_images[-1]  # the set whose first image sets the size
     if reference:
         width, size = reference.open(0).size
         if width != size:
@@ -252,7 +253,7 @@ def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[in
 
 
 def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, digests: list[np.ndarray | None]) -> list[str]:
-    """Return sentences about what may be wrong with the images: compression, copies, missing classes.
+    """Return sentences about possible problems with the images: compression, copies, missing classes.
 
     digests: (N,) of each set's pixels, None for statistics
     """

@@ -78,7 +78,7 @@ def check_networks(
 
     sets: as `image_sets.open_set` returns them
     dims: of `Networks.output_dims`, {} if no images are compared
-    size: side of the images in pixels
+    size: pixels per side of the images
     """
     for each in sets:
         if isinstance(each, Statistics):

@@ -1,4 +1,4 @@
-"""Decide, before the pass over a set of images, what is computed and kept of each image."""
+"""The plan of a pass over a set of images: its order, the groups of each image, and the features to keep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NEITHER = 2  # `half` of images in neither half
 
 @dataclass
 class Plan:
-    """What is computed and kept of each of N images.
+    """Order, groups and kept features of N images.
 
     labels      (N,) int, class of each image
     parents     (classes,) int, superclass of each class

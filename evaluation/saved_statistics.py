@@ -107,7 +107,7 @@ class Statistics:
         """Raise ValueError if the statistics were made with another network or crop; without a record all pass.
 
         network: `Network.record`
-        crop: side of the images in pixels
+        crop: pixels per side of the images
         """
         here = network | {"crop": crop}
         there = self.record.get("network", {}) | {"crop": self.record.get("crop")}
@@ -154,7 +154,7 @@ def save_adm(
     images: `image_sets.Pixels`
     gaussian, spatial: of Inception's "features" and "spatial"
     rows: (n,) indices of the images to write
-    size: their side in pixels
+    size: pixels per side
     """
     statistics = {
         "mu": gaussian.mean,

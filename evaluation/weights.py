@@ -70,7 +70,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], path: str
 
     path, title: the file and the network, for error messages
 
-    Raises ValueError if a tensor is missing, unexpected, of another shape, or not floating-point where the module's is.
+    Raises ValueError if a tensor is missing, unexpected, of another shape, or an integer in place of floating-point.
     """
     own = module.state_dict()
     not_float = [
