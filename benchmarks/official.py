@@ -1,19 +1,21 @@
-"""The official code (github.com/FineDiffusion/FineDiffusion), imported from a folder, and one step of what its scripts do.
+"""The official code (github.com/FineDiffusion/FineDiffusion), imported from a folder, and one step of its scripts.
 
-Nothing in the folder is changed or copied. Its modules have the names of ours: they are imported while ours are put
-aside. `models.py` there imports the desktop toolkit's `turtle`, of which it uses nothing: where Python comes without,
-an empty module stands for it. The superclasses are written into its code for 10,000 classes: labels are below 10,000
-and there are always 11 superclasses. Its training runs in DistributedDataParallel, which on one device adds time and no
-number: here it goes without.
+The folder is neither changed nor copied. Its modules have the names of ours, which are set aside during the import. Its
+`models.py` imports the desktop toolkit's `turtle` without using it; if Python lacks that module, an empty one takes its
+place. Its superclasses are hard-coded for 10,000 classes: labels are below 10,000 and there are always 11 superclasses.
+Its training runs in DistributedDataParallel, which on one device costs time and changes no result, so it is left out.
 """
 
 import copy
 import importlib
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import nn
 
 from autoencoder import SD_SCALE
 from finetune import METHODS, select
@@ -22,8 +24,8 @@ MODULES = ("models", "diffusion", "download", "train")
 NEEDED = ("models.py", "diffusion/__init__.py", "download.py", "train.py")
 
 
-def load(folder):
-    """What the bench uses of the official code: DiT, create_diffusion, update_ema. ValueError where it is not there."""
+def load(folder: str | os.PathLike) -> SimpleNamespace:
+    """Return DiT, create_diffusion and update_ema of the official code; raise ValueError if a file is missing."""
     folder = Path(folder).resolve()
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
@@ -45,13 +47,14 @@ def load(folder):
     return SimpleNamespace(DiT=models.DiT, create_diffusion=diffusion.create_diffusion, update_ema=train.update_ema)
 
 
-def set_aside(names):
-    """Take the modules of these names, and what is below them, out of sys.modules: {name: module}."""
+def set_aside(names: Sequence[str]) -> dict[str, ModuleType]:
+    """Remove modules and their submodules from sys.modules; return {name: module}."""
     found = [name for name in sys.modules if name.split(".")[0] in names]
     return {name: sys.modules.pop(name) for name in found}
 
 
 def import_turtle():
+    """Import turtle, or an empty module of that name if Python lacks it."""
     try:
         import turtle  # noqa: F401
     except ImportError:
@@ -59,8 +62,11 @@ def import_turtle():
         sys.modules["turtle"].shape = None
 
 
-def as_large(official, model):
-    """The official model of the sizes of ours, on its device, newly initialised."""
+# ---- model and training --------------------------------------------------------------------------
+
+
+def same_size(official: SimpleNamespace, model: nn.Module) -> nn.Module:
+    """Return a new official model with the sizes of ours, on its device."""
     with model.pos_embed.device:
         return official.DiT(
             input_size=model.input_size,
@@ -73,16 +79,19 @@ def as_large(official, model):
         )
 
 
-def twin(official, model):
-    """The official model with the weights of ours."""
-    theirs = as_large(official, model)
+def twin(official: SimpleNamespace, model: nn.Module) -> nn.Module:
+    """Return the official model with the weights of ours."""
+    theirs = same_size(official, model)
     theirs.load_state_dict(model.state_dict())
     return theirs.eval()
 
 
-def training(official, model, vae=None):
-    """step(x, y) -> the loss as a number: one round of its train.py, x latents, or images where there is a `vae`."""
-    select(model, METHODS["finediffusion"])  # the same parameters by the same names
+def training(official: SimpleNamespace, model: nn.Module, vae: nn.Module | None = None) -> Callable:
+    """Return step(x, y) -> loss (a float), one step of the official train.py.
+
+    x: latents (N, C, h, w), or with a `vae` images; y: labels (N,)
+    """
+    select(model, METHODS["finediffusion"])  # the same parameter names as ours
     device = model.pos_embed.device
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
@@ -90,7 +99,7 @@ def training(official, model, vae=None):
     model.train()
 
     def step(x, y):
-        x, y = x.to(device), y.to(device, copy=True)  # it writes into its labels
+        x, y = x.to(device), y.to(device, copy=True)  # the official code writes to its labels
         if vae is not None:
             with torch.no_grad():
                 x = vae.encode(x).latent_dist.sample().mul_(SD_SCALE)
@@ -105,8 +114,13 @@ def training(official, model, vae=None):
     return step
 
 
-def stream(seed, shape, device, dropout=0.1):
-    """What `step` draws for latents (N, C, h, w) after torch.manual_seed(seed), in the form of `steps.drawn`."""
+def draw_step_noise(
+    seed: int, shape: tuple[int, ...], device: torch.device, dropout: float = 0.1
+) -> dict[str, torch.Tensor]:
+    """Draw what `step` draws for latents of shape (N, C, h, w) after torch.manual_seed(seed).
+
+    Returns the dict of `training.step.draw_step_noise`.
+    """
     torch.manual_seed(seed)
     t = torch.randint(0, 1000, shape[:1], device=device)
     noise = torch.randn(shape, device=device)
@@ -114,9 +128,23 @@ def stream(seed, shape, device, dropout=0.1):
     return {"t": t, "noise": noise, "drop": drop, "flip": drop > 1, "posterior": torch.zeros_like(noise)}
 
 
+# ---- sampling ------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def sample(official, model, labels, rows, steps, scale, vae=None):
-    """Latents (N, C, h, w), or images with a `vae`, of `labels` (N,) guided by `rows` (N,): its sample.py, from its noise on."""
+def sample(
+    official: SimpleNamespace,
+    model: nn.Module,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    steps: int,
+    scale: float,
+    vae: nn.Module | None = None,
+) -> torch.Tensor:
+    """Sample latents (N, C, h, w), or images with a `vae`, as the official sample.py does, its noise included.
+
+    labels (N,) are guided by the class table's `rows` (N,)
+    """
     device, size = model.pos_embed.device, model.pos_embed.shape[1]
     size = round(size**0.5) * model.patch_size
     z = torch.randn(len(labels), model.in_channels, size, size, device=device)
