@@ -66,6 +66,27 @@ def kind_of(name: str) -> str:
     return "bias" if name.endswith(".bias") else "matrix"
 
 
+class ScaledLinear(nn.Linear):
+    """A linear layer of a block whose output is multiplied by a parameter of the block.
+
+    layer  the layer whose parameters it takes over
+    block  owns the factor; not registered as a submodule, since the layer is a part of it
+    name   of the factor (out_features,) in the block
+
+    torch.compile sees the layer's class and compiles again for it. It would not notice a hook.
+    """
+
+    def __init__(self, layer: nn.Linear, block: nn.Module, name: str):
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.__dict__["block"] = block
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features)."""
+        return super().forward(x) * getattr(self.block, self.name)
+
+
 def add_gammas(model: nn.Module, form: str) -> None:
     """Add DiffFit's factors to the blocks of a DiT: parameters `gamma_*`, initially 1, that scale the output of a layer.
 
@@ -76,16 +97,17 @@ def add_gammas(model: nn.Module, form: str) -> None:
         return
     blocks = model.blocks if form == "scalar" else model.blocks[:VECTOR_GAMMA_BLOCKS]
     for block in blocks:
-        layers = {"attn": block.attn, "mlp": block.mlp}
+        attn = block.attn
+        width, device = attn.proj.out_features, attn.proj.weight.device
+        # the block's forward pass multiplies its two branches by these, unless they are None
+        block.gamma_attn, block.gamma_mlp = (
+            nn.Parameter(torch.ones(() if form == "scalar" else width, device=device)) for _ in range(2)
+        )
         if form == "vector":
-            layers |= {"qkv": block.attn.qkv, "proj": block.attn.proj}
-        width = block.attn.proj.out_features
-        for name, layer in layers.items():
-            shape = () if form == "scalar" else (3 * width,) if name == "qkv" else (width,)
-            device = block.attn.proj.weight.device
-            gamma = nn.Parameter(torch.ones(shape, device=device))
-            block.register_parameter(f"gamma_{name}", gamma)
-            layer.register_forward_hook(lambda _, __, out, gamma=gamma: out * gamma)
+            block.gamma_qkv = nn.Parameter(torch.ones(3 * width, device=device))
+            block.gamma_proj = nn.Parameter(torch.ones(width, device=device))
+            attn.qkv = ScaledLinear(attn.qkv, block, "gamma_qkv")
+            attn.proj = ScaledLinear(attn.proj, block, "gamma_proj")
 
 
 def select(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:

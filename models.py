@@ -45,6 +45,10 @@ class NormAndModulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """grad: (N, T, D) -> the gradients of x, weight, bias, shift and scale; none for eps."""
+        # Second derivatives would be wrong: the saved tensors are constants for autograd. PyTorch's once_differentiable
+        # would still let autograd.grad(..., inputs) return them.
+        if torch.is_grad_enabled():
+            raise RuntimeError("NormAndModulate is differentiable once only, expected create_graph=False.")
         normal, rstd, weight, bias, scale, factor = ctx.saved_tensors
         # x: rstd times the backward pass of a LayerNorm whose input already has mean 0 and standard deviation 1
         norm_backward, width = torch.ops.aten.native_layer_norm_backward, normal.shape[-1:]
@@ -106,6 +110,11 @@ class TimestepEmbedder(nn.Module):
 # ---- the core model ------------------------------------------------------------------------------
 
 
+def times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """Return x, or x * factor if there is a factor."""
+    return x if factor is None else x * factor
+
+
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning (arXiv 2212.09748, section 3.2).
 
@@ -123,13 +132,16 @@ class DiTBlock(nn.Module):
             act_layer=partial(nn.GELU, approximate="tanh"),
         )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        # DiffFit's factors of the two branches, see finetune.py
+        self.register_parameter("gamma_attn", None)
+        self.register_parameter("gamma_mlp", None)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """x: (N, T, D) tokens; c: (N, D) condition -> (N, T, D)."""
         chunks = modulation_chunks(self.adaLN_modulation, c, 6)  # six of (N, 1, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks
-        x = x + gate_msa * self.attn(norm_and_modulate(self.norm1, x, shift_msa, scale_msa))
-        return x + gate_mlp * self.mlp(norm_and_modulate(self.norm2, x, shift_mlp, scale_mlp))
+        x = x + gate_msa * times(self.attn(norm_and_modulate(self.norm1, x, shift_msa, scale_msa)), self.gamma_attn)
+        return x + gate_mlp * times(self.mlp(norm_and_modulate(self.norm2, x, shift_mlp, scale_mlp)), self.gamma_mlp)
 
 
 class FinalLayer(nn.Module):

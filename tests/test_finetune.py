@@ -168,6 +168,43 @@ def test_gammas_scale_the_output_of_their_layer(form):
     assert (out - plain).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("form", ["scalar", "vector"])
+@torch.no_grad()
+def test_a_copy_of_the_model_owns_its_gammas(form):
+    model = tiny_dit()
+    add_gammas(model, form)
+    copied = copy.deepcopy(awake(model))
+    expected = forward(model)
+    assert copied.state_dict().keys() == model.state_dict().keys() and forward(copied).equal(expected)
+    for name, p in model.named_parameters():
+        if kind_of(name) == "gamma":
+            p.zero_()
+    assert forward(copied).equal(expected) and not forward(model).equal(expected)
+    copied.load_state_dict(model.state_dict(), assign=True)  # other tensors in the place of the parameters
+    assert forward(copied).equal(forward(model))
+
+
+@pytest.mark.parametrize("form", ["scalar", "vector"])
+def test_a_compiled_model_applies_its_gammas_after_one_without(form):
+    """Blocks share graphs, but one with factors does not use the graph of one without. "vector" has both in one model."""
+    graphs = []
+
+    def backend(graph, _):  # the same for all models: graphs are shared only within a backend
+        graphs.append(graph)
+        return graph.forward
+
+    try:
+        for seed, used in enumerate(("none", form, form)):
+            model = tiny_dit(depth=16)
+            add_gammas(model, used)
+            expected = forward(awake(model, seed))
+            model.compile_blocks(backend=backend)
+            assert forward(model).equal(expected)
+        assert len(graphs) == 2
+    finally:
+        torch.compiler.reset()
+
+
 # ---- the moving average --------------------------------------------------------------------------
 
 

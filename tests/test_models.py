@@ -237,6 +237,17 @@ def test_norm_and_modulate():
     assert_close(plain, formula)
 
 
+@pytest.mark.parametrize("loss", [lambda out, x: out.square().sum(), lambda out, x: out.sum() + x.pow(3).sum()])
+def test_the_fused_norm_is_not_differentiated_twice(loss):
+    """Also if the gradient of the output is constant and x has another path to the loss."""
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    norm, shift, scale = torch.nn.LayerNorm(5), torch.zeros(2, 1, 5), torch.zeros(2, 1, 5, requires_grad=True)
+    with torch.enable_grad():
+        out = norm_and_modulate(norm, x, shift, scale)
+        with pytest.raises(RuntimeError, match="differentiable once only, expected create_graph=False"):
+            torch.autograd.grad(loss(out, x), x, create_graph=True)
+
+
 def test_all_blocks_share_one_graph():
     graphs, model, (x, t), y = [], awake(tiny_dit(depth=4)), inputs(), torch.tensor([0, 3])
     expected = model.eval()(x[:2], t[:2], y)
