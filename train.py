@@ -31,7 +31,7 @@ from runtime.cli import run_command
 from runtime.device import DTYPES
 from runtime.files import atomic_write
 from runtime.processes import ask_main, keep_process_group, run_on_main
-from runtime.signals import Signals
+from runtime.signals import Signals, ignore_signals
 from runtime.text import one_line
 from sampling import sample_latents
 from training import memory
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace):
         collate_fn=collate,
         num_workers=args.num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=Signals.leave_to_parent,
+        worker_init_fn=ignore_signals,
     )
     signals = Signals(accelerator.num_processes)
     begun, early = time.perf_counter(), None

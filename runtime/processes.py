@@ -1,4 +1,4 @@
-"""Helpers for several processes under torchrun or accelerate."""
+"""Start processes under torchrun or accelerate, and act on one of them."""
 
 import os
 from collections.abc import Callable
@@ -10,15 +10,18 @@ from accelerate import Accelerator, PartialState
 from runtime.device import check_gpu
 
 
-def run_on_main(accelerator, action, *arguments):
-    """Call `action(*arguments)` on the main process; where it fails, all processes fail with it rather than wait for it."""
+def run_on_main(state: PartialState | Accelerator, action: Callable, *arguments) -> object:
+    """Call `action(*arguments)` on the main process and return its result there, None elsewhere.
+
+    If it raises ValueError or OSError, all processes raise it, so that none waits for another.
+    """
     failure, result = [None], None
-    if accelerator.is_main_process:
+    if state.is_main_process:
         try:
             result = action(*arguments)
         except (ValueError, OSError) as error:
             failure = [error]
-    if accelerator.num_processes > 1:
+    if state.num_processes > 1:
         torch.distributed.broadcast_object_list(failure)
     if failure[0]:
         raise failure[0]
@@ -26,18 +29,18 @@ def run_on_main(accelerator, action, *arguments):
 
 
 def ask_main(state: PartialState | Accelerator, question: Callable[[], object]) -> object:
-    """Return the main process's answer on all processes. The answer must be picklable."""
+    """Call `question()` on the main process and return its answer, which must be picklable, on all processes."""
     answer = [run_on_main(state, question)]
     if state.num_processes > 1:
         torch.distributed.broadcast_object_list(answer)
     return answer[0]
 
 
-def attempt_store():
-    """Options of `init_process_group` with which processes that torchrun has started again meet only one another.
+def attempt_store() -> dict:
+    """Return options of `init_process_group` that keep each attempt of torchrun apart from the attempts before.
 
-    torchrun (2.10; pytorch issue 135712) gives all attempts the same store, in which the addresses of lost processes still
-    stand. Empty where there is no such store, and on several nodes, whose counts of attempts may differ.
+    torchrun (2.10; pytorch issue 135712) gives all attempts the same store, which still holds the addresses of lost
+    processes. Returns no options without such a store, and on several nodes, which may count attempts differently.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
@@ -48,25 +51,26 @@ def attempt_store():
 
 
 def start_processes(timeout: timedelta | None = None) -> PartialState:
-    """Join the processes of torchrun or accelerate, or start alone, and check that torch serves the GPU.
+    """Join the processes of torchrun or accelerate, or start alone.
 
-    timeout: how long a collective may wait; the backend's default if None.
+    timeout: how long a collective may wait; the backend's default if None. Raises ValueError if torch has no kernels for
+    the GPU.
     """
-    # without cpu=True, accelerate takes each process of torchrun on a CPU for a world of its own
+    # without cpu=True, each process of torchrun on a CPU would be alone (accelerate 1.15)
     options = {} if timeout is None else {"timeout": timeout}
     state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), **options)
     check_gpu(state.device)
     return state
 
 
-KEPT_GROUPS = []  # of processes, see keep_group
+KEPT_GROUPS = []  # see keep_process_group
 
 
-def keep_process_group(group=None):
-    """Have a process group, or that of all processes, live as long as this process; call it before the group is destroyed.
+def keep_process_group(group: "torch.distributed.ProcessGroup | None" = None):
+    """Keep a process group, the one of all processes if None, alive until this process ends; call it before destroying it.
 
-    The destructor of gloo's waits for its threads and holds the interpreter's lock, for which a thread may be waiting, to
-    let go of a tensor that was exchanged last: on a busy machine one end of a run in ten hung there.
+    The destructor of a gloo group waits for its threads while it holds the interpreter's lock; a thread may need that lock
+    to release the last tensor. On a busy machine, one run in ten hung there at its end (torch 2.10).
     """
     if torch.distributed.is_initialized():
         KEPT_GROUPS.append(group or torch.distributed.group.WORLD)
