@@ -16,16 +16,21 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
                     "10,15,25" or a list: the same in each of as many sections of equal length.
                     "ddim25": 25 timesteps 0, s, 2s, .. with an integer stride s, as DDIM has them
 
+    A process of a single step keeps the last timestep: it starts from pure noise, and timestep 0 would return that noise.
+
     Raises ValueError if the counts cannot be read or do not fit.
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
-        return _integer_stride(num_timesteps, *_integers(section_counts[len("ddim") :], 1))
+        kept = _integer_stride(num_timesteps, *_integers(section_counts[len("ddim") :], 1))
+        return kept if len(kept) > 1 else {num_timesteps - 1}
     if isinstance(section_counts, str):
         counts = _integers(section_counts)
     else:
         counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
     if min(counts, default=0) < 0 or sum(counts) == 0:
         raise ValueError(f"Found step counts {counts}, expected counts of 0 or more and at least one step.")
+    if sum(counts) == 1:
+        return {num_timesteps - 1}
 
     size, longer = divmod(num_timesteps, len(counts))  # the first `longer` sections hold one timestep more
     kept, start = set(), 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.noise_models import SHAPE, constant
+from helpers.noise_models import constant, gaussian
 
 from diffusion import create_diffusion, space_timesteps
 
@@ -14,7 +14,9 @@ from diffusion import create_diffusion, space_timesteps
         ("ddim5", {0, 2, 4, 6, 8}),
         ("4", {0, 3, 6, 9}),
         (4, {0, 3, 6, 9}),
-        ("1", {0}),
+        ("1", {9}),
+        ("0,1", {9}),
+        ("ddim1", {9}),
         ("10", set(range(10))),
         ("2,3", {0, 4, 5, 7, 9}),
         ([1, 0, 2], {0, 7, 9}),  # sections 0..3, 4..6, 7..9
@@ -46,9 +48,14 @@ def test_a_spaced_process_keeps_alpha_bar_and_passes_original_timesteps_to_the_m
     assert seen[-1].tolist() == [0, 999]
 
 
-def test_a_single_step_is_finite():
-    samples = create_diffusion("1").p_sample_loop(constant(), SHAPE, device="cpu")
-    assert samples.isfinite().all()
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@pytest.mark.parametrize("spec", ["1", "ddim1"])
+def test_a_single_step_goes_from_noise_to_the_mean_of_the_data(spec, loop):
+    """The exact score of Gaussian data. A step at timestep 0 would return the noise: mean 0, standard deviation 1."""
+    torch.manual_seed(0)
+    diffusion, model, mean = create_diffusion(spec), gaussian(mean=0.3, deviation=0.5), 0.3
+    samples = getattr(diffusion, loop)(model, (16, 4, 8, 8), device="cpu", clip_denoised=False)
+    assert abs(samples.mean() - mean) < 0.01 and samples.std() < 0.01
 
 
 @pytest.mark.parametrize(

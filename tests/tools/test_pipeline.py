@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from helpers.exports import OFFICIAL, generator, inputs, kinds, relative
+from helpers.noise_models import gaussian
 from helpers.tiny_files import random_dit
 from helpers.tiny_models import PARENTS, ROOT, awake, refusal
 
@@ -23,6 +24,7 @@ from diffusion import create_diffusion, space_timesteps
 from guidance import Guidance, guided
 from hierarchy import Hierarchy
 from models import DiT_models
+from runtime.files import UMASK
 from sampling.samplers import run_sampler, to_uint8
 from tools import export
 from tools.diffusers_pipeline.pipeline_finediffusion import FineDiffusionPipeline, respace
@@ -155,6 +157,16 @@ def test_timesteps_match_those_of_the_diffusion(steps):
     assert timesteps.flip(0).tolist() == sorted(space_timesteps(1000, str(steps)))
 
 
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+def test_a_single_step_goes_from_noise_to_the_mean_of_the_data(kind):
+    scheduler, timesteps = respace(kind.from_config(DDPMScheduler(**export.SCHEDULER).config), 1)
+    x = torch.randn(16, 3, 8, 8, generator=generator(0))
+    out = gaussian(mean=0.3, deviation=0.5)(x, timesteps.expand(len(x)))
+    out = out if kind is DDPMScheduler else out[:, :3]
+    samples = scheduler.step(out, scheduler.timesteps[0], x).prev_sample
+    assert abs(samples.mean() - 0.3) < 0.01 and samples.std() < 0.01
+
+
 def test_half_precision(folder, pipe, tmp_path_factory):
     """Weights are bfloat16 except norms and positions; latents stay float32."""
     half = load(folder, tmp_path_factory, torch_dtype=torch.bfloat16)
@@ -193,11 +205,22 @@ def latent_adapter(images, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def latent_pipe(latent_adapter, command, tmp_path_factory):
+def latent_folder(latent_adapter, command, tmp_path_factory):
     out = tmp_path_factory.mktemp("latent_diffusers") / "pets64"
     result = command(export.main, "--ckpt", latent_adapter, "--format", "diffusers", "--out", out)
     assert result.code == 0, result.err
-    return load(out, tmp_path_factory)
+    return out
+
+
+@pytest.fixture(scope="module")
+def latent_pipe(latent_folder, tmp_path_factory):
+    return load(latent_folder, tmp_path_factory)
+
+
+def test_the_umask_decides_who_can_read_an_export(latent_folder):
+    files = [path for path in latent_folder.rglob("*") if path.is_file()]
+    assert latent_folder / "vae/diffusion_pytorch_model.safetensors" in files
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
 
 
 def test_decoded_images_match(latent_pipe, latent_adapter):

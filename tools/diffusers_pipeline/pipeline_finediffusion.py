@@ -180,7 +180,8 @@ def respace(scheduler, steps: int):
     if isinstance(scheduler, DDPMScheduler | DDIMScheduler) and config.timestep_spacing == "linspace":
         stride = (total - 1) / max(steps - 1, 1)
         # add the strides one by one, as DiT does: if a place ends in .5, the last bits of the sum decide the rounding
-        places = accumulate(repeat(stride, steps - 1), initial=0.0)
+        # a single step starts from pure noise, at the last timestep
+        places = accumulate(repeat(stride, steps - 1), initial=0.0 if steps > 1 else total - 1)
         kept = torch.tensor([round(place) for place in places])
         alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)[kept]
         scheduler = type(scheduler).from_config(config, num_train_timesteps=steps)
