@@ -142,7 +142,7 @@ train --micro-batch 2 --grad-accum 2       | both --micro-batch and --grad-accum
 train --micro-batch 0                      | --micro-batch is 0
 train --keep-states 0                      | --keep-states is 0
 train --max-bad-images -1                  | --max-bad-images is -1
-train --report-to wandb                    | --report-to is wandb, expected that package
+train --report-to wandb                    | --report-to is wandb, expected its package
 train --ema-decay 1.5                      | --ema-decay is 1.5
 train --ema-decay nan                      | --ema-decay is nan
 train --mixed-precision fp16                | expected a GPU

@@ -168,7 +168,7 @@ def whole(tiny, tmp_path):
     others = [state(tmp_path / f"{name}.safetensors", 1, **changes) for name, changes in strangers.items()]
 
     def read_state(path):
-        _, tensors, saved = latest_valid_state([path], say=lambda text: None)
+        _, tensors, saved = latest_valid_state([path], log=lambda text: None)
         check_same_run(path, saved, described(step=0), allow_changes=False)
         return tensors
 
