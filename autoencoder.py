@@ -4,6 +4,7 @@ Images are (N, 3, H, W) in [-1, 1]; latents are (N, C, H/f, W/f), scaled to abou
 section 4.3.2).
 """
 
+import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -22,14 +23,16 @@ PUBLISHED_VAES = {  # repository and commit; nothing else is ever downloaded
 class Autoencoder:
     """A frozen autoencoder with its scale, or the identity on pixels.
 
-    vae    a diffusers `AutoencoderKL`; None is the identity on pixels
-    scale  factor that gives the latents about unit variance
+    vae     a diffusers `AutoencoderKL`; None is the identity on pixels
+    scale   factor that gives the latents about unit variance
+    digest  of the encoder, see `hash_encoder`, taken before `vae` was rounded; None computes it when first needed
 
     Its attributes also are `channels`, C of the latents; `downscale`, f; and `dtype`, the one of the computation.
     """
 
-    def __init__(self, vae: torch.nn.Module | None = None, scale: float = 1.0):
+    def __init__(self, vae: torch.nn.Module | None = None, scale: float = 1.0, digest: str | None = None):
         self.vae = vae
+        self.digest = digest
         self.channels = 3 if vae is None else vae.config.latent_channels
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.dtype = torch.float32 if vae is None else vae.dtype
@@ -46,6 +49,12 @@ class Autoencoder:
             )
         return image_size // self.downscale
 
+    def encoder_digest(self) -> str | None:
+        """Return the digest of the encoder's weights, see `hash_encoder`; None on pixels."""
+        if self.vae is not None and self.digest is None:
+            self.digest = hash_encoder(self.vae)
+        return self.digest
+
     @torch.no_grad()
     def encode_moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode images (N, 3, H, W); return mean and standard deviation of the scaled latents, float32 (N, C, H/f, W/f)."""
@@ -60,6 +69,21 @@ class Autoencoder:
         if self.vae is None:
             return latents
         return self.vae.decode(latents.to(self.dtype) / self.scale).sample.float()
+
+
+def hash_encoder(vae: torch.nn.Module) -> str:
+    """Return the SHA-256 (hex) of all that makes latents of images: the tensors of `encoder` and `quant_conv`.
+
+    It covers names, shapes and values. The values are rounded to float16, so that a copy of the weights in float16 has
+    the same digest. Autoencoders that differ only in the decoder, such as "ema" and "mse", have the same digest.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            values = tensor.float().half().cpu().contiguous().numpy()
+            digest.update(f"{name} {values.shape}\n".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def load_autoencoder(
@@ -86,11 +110,12 @@ def load_autoencoder(
             config = AutoencoderKL.load_config(source, revision=commit)
             half_is_safe = name in PUBLISHED_VAES or not config.get("force_upcast", True)
             dtype = dtype if half_is_safe else torch.float32
-            vae = AutoencoderKL.from_pretrained(source, revision=commit, torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(source, revision=commit, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The autoencoder {source} could not be loaded ({one_line(error)}), expected {', '.join(PUBLISHED_VAES)} or a "
             "folder with config.json and weights in diffusers' format: pass such a folder as --vae."
         ) from None
     scale = SD_SCALE if name in PUBLISHED_VAES else vae.config.scaling_factor
-    return Autoencoder(vae.to(device).eval().requires_grad_(False), scale)
+    digest = None if dtype == torch.float32 else hash_encoder(vae)  # of the weights as stored
+    return Autoencoder(vae.to(device, dtype).eval().requires_grad_(False), scale, digest)

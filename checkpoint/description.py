@@ -34,6 +34,11 @@ def of_state(kind: type, check: Callable[[object], bool] = lambda value: True, *
     return field(metadata={"type": kind, "check": check, "format": STATE}, **options)
 
 
+def optional(kind: type):
+    """Return a field that a file may have, of exactly this type, and None otherwise."""
+    return field(default=None, metadata={"type": kind, "check": lambda value: True, "optional": True})
+
+
 def unwritten(**options):
     """Return a field that is set while a file is read, and not written."""
     return field(default=None, compare=False, metadata={"written": False}, **options)
@@ -57,6 +62,7 @@ class ModelDescription:
     data         fingerprint of the images and labels trained on, see dataset.listing.fingerprint
     settings     the flags that decide a run's numbers, see training.state.DECISIVE_FLAGS
     updates      optimizer updates so far, at most `step`: steps with non-finite gradients make none
+    encoder      digest of the encoder of the latents, see Autoencoder.encoder_digest; None for pixels, or if unknown
     epoch        epochs completed
     scaler       state of the fp16 gradient scaler, or None
     format       ADAPTER or STATE; None for a checkpoint of DiT or FineDiffusion, which describes nothing
@@ -78,6 +84,7 @@ class ModelDescription:
     data: str | None = of_state(str, default=None)
     settings: dict | None = of_state(dict, bool, default=None)
     updates: int | None = of_state(int, lambda updates: updates >= 0, default=None)
+    encoder: str | None = optional(str)
     epoch: int | None = None
     scaler: dict | None = None
     format: str | None = None
@@ -89,8 +96,8 @@ class ModelDescription:
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("written", True)}
         del record["hierarchy"]
         record["base"] = vars(self.base) if self.base else None
-        optional = ("data", "settings", "updates", "epoch", "scaler", "format")
-        return {name: value for name, value in record.items() if value is not None or name not in optional}
+        left_out = ("data", "settings", "updates", "encoder", "epoch", "scaler", "format")  # if None
+        return {name: value for name, value in record.items() if value is not None or name not in left_out}
 
     @classmethod
     def from_record(cls, record: object, hierarchy: Hierarchy | None) -> "ModelDescription":
@@ -105,6 +112,8 @@ class ModelDescription:
         for name, each in known.items():
             value = values.get(name)
             if "type" not in each.metadata or each.metadata.get("format", record["format"]) != record["format"]:
+                continue
+            if value is None and each.metadata.get("optional"):
                 continue
             if type(value) is not each.metadata["type"] or not each.metadata["check"](value):
                 raise ValueError(f"its description has {name} {value!r:.80}")

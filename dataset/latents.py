@@ -6,7 +6,8 @@ moments.npy   float16 (N, F, 2C, h, w); the first C channels are the mean of the
               deviation, both times the VAE's scale
 labels.npy    int64 (N,)
 images.txt    the paths of the images, one per line
-latents.json  what was encoded and how; the SHA-256 of each chunk of moments.npy (`chunk` images), of the other two files,
+latents.json  what was encoded and how, with the digest of the encoder's weights (absent with --vae none and from files
+              of earlier versions); the SHA-256 of each chunk of moments.npy (`chunk` images), of the other two files,
               and of this record itself
 """
 
@@ -231,6 +232,13 @@ class LatentData(Dataset):
                     f"The latents in {self.root} have {setting} {found}, expected {expected} for this training: change its "
                     "flags or encode the images again."
                 )
+        found, expected = self.info.get("encoder"), autoencoder.encoder_digest()
+        if found and found != expected:  # latents of earlier versions have no digest
+            raise ValueError(
+                f"The latents in {self.root} are of encoder {found:.8} (--vae {self.info['vae']}), expected "
+                f"{expected or 'none':.8} of this training's --vae: pass the --vae they were encoded with or encode the images "
+                "again."
+            )
 
     def __getstate__(self) -> dict:
         """Leave out the memory map: pickled it would be the complete array, and a worker opens its own."""

@@ -67,12 +67,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def describe(data: ImageData, hierarchy: Hierarchy, autoencoder: Autoencoder, args: argparse.Namespace) -> dict:
     """Return the record of latents.json: everything that the latents depend on."""
+    digest = autoencoder.encoder_digest()
     return {
         "format": latents.FORMAT,
         "images": len(data),
         "image_list": data.fingerprint,
         "image_size": args.image_size,
         "vae": args.vae,
+        **({"encoder": digest} if digest else {}),
         "scale": autoencoder.scale,
         "precision": str(autoencoder.dtype).removeprefix("torch."),
         "channels": autoencoder.channels,
@@ -91,7 +93,8 @@ def prepare(out: Path, info: dict) -> Lock:
     """
     for path in (out / "latents.json", out / "begun.json"):
         found = latents.read_sealed(path) if path.is_file() else info
-        if found | info != found:
+        compared = {name: value for name, value in info.items() if name in found or name != "encoder"}
+        if found | compared != found:  # earlier versions began without that digest
             raise ValueError(
                 f"{path} belongs to other images or settings: choose another --out, or remove that folder."
             )
@@ -116,8 +119,9 @@ def read_chunk_record(out: Path, k: int) -> dict | None:
         return None
 
 
-def finish(out: Path, info: dict, data: ImageData):
-    """Write the metadata and remove the records of the chunks."""
+def finish(out: Path, data: ImageData):
+    """Write the metadata, as recorded when the encoding began, and remove the records of the chunks."""
+    info = latents.read_sealed(out / "begun.json")  # an earlier version may have begun: no digest of the encoder
     records = [read_chunk_record(out, k) for k in range(latents.chunk_count(info))]
     assert all(records)
     skipped = [pair for record in records for pair in record["skipped"]]
@@ -220,7 +224,7 @@ def main(argv: Sequence[str] | None = None):
             encode(data, autoencoder, out, info, *share, args.batch_size, args.num_workers)
             state.wait_for_everyone()
             if state.is_main_process:
-                finish(out, info, data)
+                finish(out, data)
     if state.is_main_process:
         print_summary(out, data, hierarchy)
 

@@ -98,9 +98,9 @@ def begin(args: argparse.Namespace) -> Run:
     batches = order_batches(args, data, accelerator)
 
     # Build the model, on its base weights or from the newest state:
-    latent_size = autoencoder.latent_size(args.image_size)
+    latent_size, encoder = autoencoder.latent_size(args.image_size), autoencoder.encoder_digest()
     description = describe(
-        args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps
+        args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps, encoder
     )
     path, tensors, saved = choose_state(accelerator, states)
     torch.manual_seed(saved.settings["global_seed"] if saved else args.global_seed)  # of frozen weights without a base
@@ -269,12 +269,14 @@ def describe(
     fingerprint: str | None = None,
     precision: str | None = None,
     max_steps: int | None = None,
+    encoder: str | None = None,
 ) -> ModelDescription:
     """Return the description of a run that has not begun.
 
     fingerprint  of the data
     precision    the one in use, if it is not --mixed-precision
     max_steps    length of the run, which decides the learning rates of a cosine schedule
+    encoder      digest of the autoencoder's encoder
     """
     settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
     settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
@@ -289,6 +291,7 @@ def describe(
         null_row=args.null_prob > 0,
         hierarchy=hierarchy,
         data=fingerprint,
+        encoder=encoder,
         settings=settings | {"mixed_precision": precision or args.mixed_precision},
     )
 

@@ -88,6 +88,10 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
         if saved.settings.get(name) != value and not (name == "max_steps" and old)
     ]
     changes += ["other images or labels"] if saved.data != current.data else []
+    if saved.encoder and current.encoder and saved.encoder != current.encoder:  # states of earlier versions have no digest
+        changes.append(
+            f"latents of another encoder, {saved.encoder[:8]} of --vae {saved.vae} (now {current.encoder[:8]} of {current.vae})"
+        )
     if changes and not allow_changes:
         raise ValueError(
             f"{path} was started with {', '.join(changes)}: resume with the settings it was started with, or pass "

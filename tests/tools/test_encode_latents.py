@@ -223,7 +223,7 @@ def test_several_processes_write_the_same_file(order, folder):
     tool.prepare(out, begun)
     for rank in order:
         tool.encode(data, Autoencoder(), out, begun, rank, 3, torch.device("cpu"), num_workers=0)
-    tool.finish(out, begun, data)
+    tool.finish(out, data)
     for name in ("moments.npy", "labels.npy", "images.txt", "latents.json"):
         assert (out / name).read_bytes() == (alone.root / name).read_bytes(), name
 
