@@ -1,11 +1,12 @@
 """Check the images of a data set before a training: count them by class, and name damaged and unusual ones.
 
-    python -m tools.check_data inat/train_mini --hierarchy inat2021 --json findings.json
+    python -m tools.check_data inat/train_mini --hierarchy inat2021 --compare inat/val --json findings.json
 
 Every image is decoded completely, in parallel. The folder is read as train.py reads it: superclass/class/*, class/*,
 iNaturalist or VegFru as they unpack, or a list file of VegFru.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -36,7 +37,10 @@ TOLERATED = {
     "palette": "converted to RGB",
     "16-bit": "scaled to 8 bits",
     "animated": "the first frame is used",
+    "transparent": "the alpha channel is dropped: transparent pixels show the colour stored under them",
+    "rotated": "the EXIF orientation is ignored: shown as stored, turned or mirrored",
     "duplicate": "the same bytes as another image: both are used",
+    "shared": "the same bytes as an image of --compare",
 }
 CORES = len(os.sched_getaffinity(0))
 DESCRIPTION = f"""{__doc__.splitlines()[0]}
@@ -49,8 +53,10 @@ exit codes:
 """
 EXAMPLES = """
 python -m tools.check_data data/pets
-python -m tools.check_data inat/train_mini --hierarchy inat2021 --json findings.json
+python -m tools.check_data inat/train_mini --hierarchy inat2021 --compare inat/val --json findings.json
 """
+OTHER_CLASS = ", which is another class"
+ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are turned or mirrored
 
 
 # ---- examination ---------------------------------------------------------------------------------
@@ -72,6 +78,10 @@ def examine(path: str | os.PathLike, image_size: int) -> dict[str, str]:
             if any(";16" in mode or mode in ("I", "F") for mode in raw_modes):
                 found["16-bit"] = raw_modes[-1]
             to_rgb(image)
+            if has_transparent_pixels(image):
+                found["transparent"] = image.mode
+            if (turned := orientation(image)) != 1:
+                found["rotated"] = f"orientation {turned}"
             if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photograph with a preview
                 found["animated"] = image.format
     except Exception as error:  # decoders raise exceptions of many types
@@ -80,9 +90,29 @@ def examine(path: str | os.PathLike, image_size: int) -> dict[str, str]:
     return found
 
 
-def examine_all(data: ImageData, workers: int) -> dict[str, dict[int, str]]:
-    """Return {finding: {index of an image: detail}} for all images, in their order."""
-    files = [os.path.join(data.root, path) for path in data.paths]
+def has_transparent_pixels(image: Image.Image) -> bool:
+    """Return whether a decoded image has a pixel that is not opaque, by its alpha channel, palette or a colour key."""
+    least = 0
+    with contextlib.suppress(ValueError):  # a mode that Pillow does not convert
+        least = image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255
+    return least < 255
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that a decoded image still needs, 1 to 8; Pillow applies that of a TIFF itself."""
+    value = 1
+    with contextlib.suppress(Exception):  # damaged EXIF data, which a training does not read
+        value = image.getexif().get(ORIENTATION, 1)
+    return value if value in range(2, 9) else 1
+
+
+def examine_all(data: ImageData, workers: int, other: ImageData | None = None) -> dict[str, dict[int, str]]:
+    """Return {finding: {index of an image: detail}} for all images, in their order.
+
+    other: a data set to compare with, see `find_equal_files`
+    """
+    files = image_files(data)
+    others = image_files(other) if other else []
     findings = {kind: {} for kind in UNREADABLE | TOLERATED}
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(examine, files, repeat(data.image_size), chunksize=16)
@@ -90,14 +120,35 @@ def examine_all(data: ImageData, workers: int) -> dict[str, dict[int, str]]:
             for kind, detail in found.items():
                 findings[kind][i] = detail
         readable = set(range(len(files))).difference(*(findings[kind] for kind in UNREADABLE))
-        same_size = group_equal({i: os.path.getsize(files[i]) for i in sorted(readable)})
-        candidates = [i for group in same_size for i in group]
-        hashes = pool.map(sha256, [files[i] for i in candidates], chunksize=16)
-        for first, *others in group_equal(dict(zip(candidates, hashes))):
-            for i in others:
-                other_class = data.labels[i] != data.labels[first]
-                findings["duplicate"][i] = data.paths[first] + (", which is another class" if other_class else "")
+        compared = find_equal_files(pool, files, sorted(readable), others)
+    for own, theirs in compared:
+        for i in own[1:]:
+            other_class = data.labels[i] != data.labels[own[0]]
+            findings["duplicate"][i] = data.paths[own[0]] + (OTHER_CLASS if other_class else "")
+        for i in own if theirs else ():
+            path, twin = Path(data.paths[i]), Path(other.paths[theirs[0]])
+            other_class = path.parent.name != twin.parent.name
+            findings["shared"][i] = str(twin) + (OTHER_CLASS if other_class else "")
     return findings
+
+
+def image_files(data: ImageData) -> list[str]:
+    return [os.path.join(data.root, path) for path in data.paths]
+
+
+def find_equal_files(
+    pool: ProcessPoolExecutor, files: Sequence[str], readable: Sequence[int], others: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """Return (indices among `files`, indices among `others`) for each set of files with the same bytes.
+
+    readable: indices of the `files` to compare
+    """
+    every, count = [*files, *others], len(files)
+    same_size = group_equal({i: os.path.getsize(every[i]) for i in (*readable, *range(count, len(every)))})
+    candidates = [i for group in same_size if group[0] < count for i in group]
+    hashes = pool.map(sha256, [every[i] for i in candidates], chunksize=16)
+    groups = group_equal(dict(zip(candidates, hashes)))
+    return [([i for i in group if i < count], [i - count for i in group if i >= count]) for group in groups]
 
 
 def group_equal(values: dict) -> list[list]:
@@ -140,10 +191,18 @@ def print_report(
     for warning in data.warnings:
         print(warning)
     for kind, meaning in (UNREADABLE | TOLERATED).items():
-        if findings[kind]:
-            print(f"{len(findings[kind]):,} {kind} ({meaning}): {shorten(data.paths[i] for i in findings[kind])}")
+        if at := findings[kind]:
+            paired = kind in ("duplicate", "shared")
+            names = [describe_pair(data.paths[i], twin) if paired else repr(data.paths[i]) for i, twin in at.items()]
+            print(f"{len(names):,} {kind} ({meaning}): {shorten(names, str)}")
     if not any(findings.values()):
         print("No findings.")
+
+
+def describe_pair(path: str, twin: str) -> str:
+    """Return "'a.jpg' is 'b.jpg'"; `twin` may end with OTHER_CLASS."""
+    name = twin.removesuffix(OTHER_CLASS)
+    return f"{path!r} is {name!r}{twin[len(name) :]}"
 
 
 def main(argv: Sequence[str] | None = None):
@@ -156,6 +215,11 @@ def main(argv: Sequence[str] | None = None):
     )
     add("--image-size", type=int, default=256, help="pixels per side; smaller images are reported")
     add("--num-workers", type=int, default=CORES, help="processes that decode images; if not given, one per core")
+    add(
+        "--compare",
+        metavar="DIR",
+        help="another data set, such as the validation images: report images that are in both",
+    )
     add("--json", metavar="FILE", help="file for the counts and all findings")
     args = parser.parse_args(argv)
     if args.num_workers < 1:
@@ -164,7 +228,11 @@ def main(argv: Sequence[str] | None = None):
     hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
     classes, superclasses = count_images(data, hierarchy)
-    findings = examine_all(data, args.num_workers)
+    other = None
+    if args.compare:
+        own = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.compare)
+        other = ImageData(args.compare, own, args.image_size)
+    findings = examine_all(data, args.num_workers, other)
     print_report(data, classes, superclasses, findings)
     if args.json:
         record = {

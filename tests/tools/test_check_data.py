@@ -54,10 +54,25 @@ def saved(image, kind="PNG", **options):
     return lambda path: image.save(path, kind, **options)
 
 
+def exif(orientation):
+    tags = Image.Exif()
+    tags[check_data.ORIENTATION] = orientation
+    return tags
+
+
 FILES = {  # name: (write it, findings)
     "good.jpg": (saved(noise(), "JPEG"), ()),
     "grey.jpg": (saved(noise(channels=1), "JPEG"), ()),
-    "alpha.png": (saved(noise(channels=4)), ()),
+    "alpha.png": (saved(noise(channels=4)), ("transparent",)),
+    "opaque.png": (saved(noise().convert("RGBA")), ()),
+    "key.png": (saved(Image.new("RGB", (24, 20)), transparency=(0, 0, 0)), ("transparent",)),
+    "see-through.png": (saved(noise().quantize(16), transparency=bytes(16)), ("palette", "transparent")),
+    "turned.jpg": (saved(noise(), "JPEG", exif=exif(6)), ("rotated",)),
+    "turned.png": (saved(noise(), exif=exif(3)), ("rotated",)),
+    "turned.webp": (saved(noise(), "WEBP", exif=exif(2)), ("rotated",)),
+    "turned.tif": (saved(noise(), "TIFF", exif=exif(6)), ()),  # Pillow turns it, for a training too
+    "upright.jpg": (saved(noise(), "JPEG", exif=exif(1)), ()),
+    "damaged-exif.jpg": (saved(noise(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), ()),
     "camera.jpg": (frames("MPO"), ()),
     "empty.jpg": (lambda path: path.touch(), ("unreadable",)),
     "page.jpg": (lambda path: path.write_text("<!DOCTYPE html><html>403</html>"), ("unreadable",)),
@@ -142,6 +157,8 @@ def test_duplicates_within_and_across_classes(command, tmp_path):
         "cats/manx/b.png": "cats/lynx/z.png, which is another class",
     }
     assert found["superclasses"] == {"cats": {"lynx": 1, "manx": 2}, "dogs": {"pug": 5}} and found["images"] == 8
+    twins = [f"'cats/manx/{name}.png' is 'cats/lynx/z.png', which is another class" for name in "ab"]
+    assert f"2 duplicate (the same bytes as another image: both are used): {', '.join(twins)}\n" in result.out
     table = [line.split() for line in result.out.splitlines()]
     assert ["cats", "2", "3", "1", "1.5", "2"] in table and ["all", "3", "8", "1", "2", "5"] in table
     assert "fewest images: lynx (1), manx (2), pug (5)" in result.out
@@ -149,6 +166,38 @@ def test_duplicates_within_and_across_classes(command, tmp_path):
     (tmp_path / "cats/lynx/z.png").unlink()
     (tmp_path / "cats/lynx/y.png").write_bytes(png(noise()))
     assert run(command, tmp_path)[1]["findings"]["duplicate"] == {"cats/manx/b.png": "cats/manx/a.png"}
+
+
+def test_images_that_two_folders_share(command, tmp_path):
+    train, val = tmp_path / "train", tmp_path / "val"
+    for root, classes in ((train, ("cats/manx", "cats/lynx")), (val, ("cats/manx", "dogs/pug"))):
+        for name in classes:
+            (root / name).mkdir(parents=True)
+    first, second, third = (png(noise()) for _ in range(3))
+    for path, content in {
+        train / "cats/manx/a.png": first,
+        train / "cats/manx/b.png": second,
+        train / "cats/lynx/c.png": bmp(8),
+        train / "cats/lynx/empty.png": b"",
+        val / "cats/manx/x.png": first,
+        val / "dogs/pug/y.png": bmp(8),
+        val / "dogs/pug/z.png": third,
+        val / "dogs/pug/empty.png": b"",
+    }.items():
+        path.write_bytes(content)
+    (train / "cats/lynx/empty.png").write_bytes(png(noise()))
+    result, found = run(command, train, "--compare", val)
+    assert found["findings"].pop("shared") == {
+        "cats/manx/a.png": "cats/manx/x.png",
+        "cats/lynx/c.png": "dogs/pug/y.png, which is another class",
+    }
+    assert not any(found["findings"].values()) and found["images"] == 4
+    words = "2 shared (the same bytes as an image of --compare): 'cats/lynx/c.png' is 'dogs/pug/y.png', which is another class"
+    assert result.code == 1 and words in result.out
+    result, found = run(command, train)
+    assert result.code == 0 and not found["findings"]["shared"]
+    result = command(check_data.main, train, "--compare", tmp_path / "nowhere")
+    assert result.code == 2 and "nowhere" in result.err
 
 
 def png(image):
@@ -202,5 +251,6 @@ def test_mistakes(flags, words, command, tmp_path):
 
 def test_the_help_lists_the_exit_codes(command):
     result = command(check_data.main, "--help")
-    assert "1  findings that a training tolerates: small, cmyk, palette, 16-bit, animated, duplicate" in result.out
+    kinds = "small, cmyk, palette, 16-bit, animated, transparent, rotated, duplicate, shared"
+    assert f"1  findings that a training tolerates: {kinds}" in result.out
     assert "3  images that cannot be read: unreadable, truncated" in result.out
