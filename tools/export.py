@@ -28,7 +28,7 @@ from checkpoint.format import is_adapter, write_tensors
 from checkpoint.loading import TABLE, load_adapted
 from finetune import kind_of
 from runtime.cli import Parser, run_command
-from runtime.files import atomic_write
+from runtime.files import UMASK, atomic_write
 from runtime.text import one_line
 from sampling.load import load_model
 from sampling.options import add_model_options
@@ -189,6 +189,8 @@ def write_diffusers(
     if autoencoder.vae:
         autoencoder.vae.register_to_config(scaling_factor=autoencoder.scale)
         autoencoder.vae.save_pretrained(folder / "vae")
+        for file in (folder / "vae").iterdir():
+            file.chmod(0o666 & ~UMASK)  # safetensors makes private files
     (folder / "README.md").write_text(model_card(description, source), encoding="utf-8")
 
 
