@@ -1,5 +1,6 @@
 """The documentation: its commands parse, its adapters exist, its parameter counts and hours are right."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -12,7 +13,7 @@ from helpers.commands import call
 from helpers.tiny_models import ROOT
 
 import train
-from benchmarks.harness import count_flops
+from benchmarks import harness
 from runtime.cli import Parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,6 +125,7 @@ TRAININGS = [flags for module, flags in commands(PAPER) if module == "train"]
 EXPERIMENTS = [flags[flags.index("--experiment") + 1] for flags in TRAININGS]
 GPUS = 8
 THROUGHPUT = 40e12, 110e12, 250e12  # FLOP/s assumed of V100, A100, H100
+count_flops = functools.cache(harness.count_flops)  # slow
 
 
 def row(title):
