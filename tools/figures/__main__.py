@@ -86,7 +86,8 @@ def parse_args() -> argparse.Namespace:
         parsers[kind] = kinds.add_parser(kind, help=text, description=text, examples=examples(EXAMPLES[kind]))
         files = "STEM.md" if kind == "tables" else "STEM.png and STEM.pdf"
         help = f"write {files}; may end in such a suffix"
-        parsers[kind].add_argument("--out", type=output_stem, default=f"figures/{kind}", metavar="STEM", help=help)
+        add = parsers[kind].add_argument_group("output").add_argument
+        add("--out", type=output_stem, default=f"figures/{kind}", metavar="STEM", help=help)
 
     add_sampling_options(parsers["grid"])
     add = parsers["grid"].add_argument_group("grid").add_argument
