@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from torch import nn
 
 from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.description import Base, ModelDescription
 from checkpoint.download import find_starting_weights
-from checkpoint.format import read_digest, read_weights
 from checkpoint.loading import build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
@@ -26,7 +24,6 @@ from runtime.device import DTYPES, resolve_precision
 from runtime.files import Lock, atomic_write
 from runtime.private import ddp_exchanged_bytes
 from runtime.processes import ask_main, run_on_main, start_processes
-from runtime.text import one_line
 from training import memory
 from training.batches import StepBatches
 from training.folder import lock_run_dir, move_aside, resolve_run_dir, write_launch
@@ -34,7 +31,7 @@ from training.logger import MetricLogger
 from training.state import (
     DECISIVE_FLAGS,
     check_same_run,
-    latest_valid_state,
+    choose_state,
     load_run_base,
     load_state,
 )
@@ -103,19 +100,7 @@ def begin(args: argparse.Namespace) -> Run:
         args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps, encoder
     )
     path, tensors, saved = choose_state(accelerator, states)
-    torch.manual_seed(saved.settings["global_seed"] if saved else args.global_seed)  # of frozen weights without a base
-    model = build_model(description, args.class_dropout_prob)
-    parameters = select(model, METHODS[args.method])
-    if path:
-        check_same_run(path, saved, description, args.allow_changes)
-        load_run_base(path, saved, model, args.resume)
-        description, rows = replace(description, base=saved.base, step=saved.step), None
-    else:
-        base, rows = start_from_base(args, accelerator, model, parameters, description)
-        description = replace(description, base=base)
-    store_frozen(model, half)
-    model.to(accelerator.device).train()
-    model.grad_checkpointing = args.grad_checkpointing
+    model, parameters, description, rows = load_model(args, accelerator, description, path, saved, half)
     ema = EMA(parameters, args.ema_decay, args.ema_warmup)
     optimizer = adamw(parameters, args.lr, args.table_lr)
 
@@ -125,14 +110,16 @@ def begin(args: argparse.Namespace) -> Run:
         run_on_main(accelerator, write_launch, folder)
     batches.start_step = description.step
     frozen = {name: t for name, t in model.state_dict().items() if name not in parameters}
-    open_row = load_state(path, tensors, saved, parameters, frozen, ema.average, optimizer) if path else None
-    if path and accelerator.scaler and saved.scaler:
-        accelerator.scaler.load_state_dict(saved.scaler)
-    if path and saved.settings["global_batch_size"] != args.global_batch_size:
-        open_row = None  # it has the losses of another number of images per step
+    open_row = None
+    if path:
+        open_row = load_state(path, tensors, saved, parameters, frozen, ema.average, optimizer)
+        if accelerator.scaler and saved.scaler:
+            accelerator.scaler.load_state_dict(saved.scaler)
+        if saved.settings["global_batch_size"] != args.global_batch_size:
+            open_row = None  # it has the losses of another number of images per step
+    run_on_main(accelerator, move_aside, folder, description.step, print)
 
     # Start the log:
-    run_on_main(accelerator, move_aside, folder, description.step, print)
     stop = args.on_nonfinite == "stop"
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
     passes = args.grad_accum if not args.micro_batch else -(-batches.local_batch // args.micro_batch)
@@ -196,38 +183,6 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
             "DiT-XL/2 fits a GPU of 32 GB: launch with torchrun."
         )
     return accelerator, folder, states, precision
-
-
-def choose_state(
-    accelerator: Accelerator, states: list[Path]
-) -> tuple[Path | None, dict[str, torch.Tensor], ModelDescription | None]:
-    """Return the newest intact state as the main process sees it, with the same path and contents on all processes.
-
-    Raises ValueError on all processes if one of them cannot read it or reads another.
-    """
-    found = None, {}, None
-
-    def choose():
-        nonlocal found
-        found = latest_valid_state(states)
-        return (found[0], read_digest(found[0])) if found[0] else (None, None)
-
-    path, digest = ask_main(accelerator, choose)
-    problem = None
-    if path and not accelerator.is_main_process:
-        try:
-            if read_digest(path) != digest:
-                raise ValueError(f"{path} has another SHA-256 here")
-            found = path, *read_weights(path)
-        except (ValueError, OSError) as error:
-            problem = one_line(error)
-    problems = [text for text in gather_object([problem]) if text]
-    if problems:
-        raise ValueError(
-            f"{len(problems)} of {accelerator.num_processes} processes cannot read {path} as the main process does "
-            f"({problems[0]}), expected one results folder for all: put --results-dir on a file system that the nodes share."
-        )
-    return found
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -294,6 +249,35 @@ def describe(
         encoder=encoder,
         settings=settings | {"mixed_precision": precision or args.mixed_precision},
     )
+
+
+def load_model(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    description: ModelDescription,
+    path: Path | None,
+    saved: ModelDescription | None,
+    half: torch.dtype,
+) -> tuple[DiT, dict[str, nn.Parameter], ModelDescription, str | None]:
+    """Build the model on the device, with the base weights of the state at `path` or of a new run.
+
+    half: the type of the frozen weights. Returns the model, its trained parameters, the description with base and step,
+    and for a new run a sentence about the class table.
+    """
+    torch.manual_seed(saved.settings["global_seed"] if saved else args.global_seed)  # of frozen weights without a base
+    model = build_model(description, args.class_dropout_prob)
+    parameters = select(model, METHODS[args.method])
+    if path:
+        check_same_run(path, saved, description, args.allow_changes)
+        load_run_base(path, saved, model, args.resume)
+        description, rows = replace(description, base=saved.base, step=saved.step), None
+    else:
+        base, rows = start_from_base(args, accelerator, model, parameters, description)
+        description = replace(description, base=base)
+    store_frozen(model, half)
+    model.to(accelerator.device).train()
+    model.grad_checkpointing = args.grad_checkpointing
+    return model, parameters, description, rows
 
 
 def start_from_base(

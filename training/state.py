@@ -11,12 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from checkpoint.description import STATE, ModelDescription
-from checkpoint.format import is_adapter, read_description, read_weights, save_safetensors
+from checkpoint.format import is_adapter, read_description, read_digest, read_weights, save_safetensors
 from checkpoint.loading import load_base_weights, load_weights
 from models import DiT
+from runtime.processes import ask_main
+from runtime.text import one_line
 from training.folder import is_run_or_state, list_states
 
 TENSOR_KINDS = ("now", "average", "exp_avg", "exp_avg_sq")  # tensors of a state, one of each kind per parameter
@@ -67,6 +71,38 @@ def latest_valid_state(
     return None, {}, None
 
 
+def choose_state(
+    accelerator: Accelerator, states: list[Path]
+) -> tuple[Path | None, dict[str, torch.Tensor], ModelDescription | None]:
+    """Return the newest intact state as the main process sees it, with the same path and contents on all processes.
+
+    Raises ValueError on all processes if one of them cannot read it or reads another.
+    """
+    found = None, {}, None
+
+    def choose():
+        nonlocal found
+        found = latest_valid_state(states)
+        return (found[0], read_digest(found[0])) if found[0] else (None, None)
+
+    path, digest = ask_main(accelerator, choose)
+    problem = None
+    if path and not accelerator.is_main_process:
+        try:
+            if read_digest(path) != digest:
+                raise ValueError(f"{path} has another SHA-256 here")
+            found = path, *read_weights(path)
+        except (ValueError, OSError) as error:
+            problem = one_line(error)
+    problems = [text for text in gather_object([problem]) if text]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {accelerator.num_processes} processes cannot read {path} as the main process does "
+            f"({problems[0]}), expected one results folder for all: put --results-dir on a file system that the nodes share."
+        )
+    return found
+
+
 def check_same_run(path: Path, saved: ModelDescription, current: ModelDescription, allow_changes: bool):
     """Raise ValueError if the run that resumes from a state differs from it in model, data or decisive settings.
 
@@ -88,7 +124,9 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
         if saved.settings.get(name) != value and not (name == "max_steps" and old)
     ]
     changes += ["other images or labels"] if saved.data != current.data else []
-    if saved.encoder and current.encoder and saved.encoder != current.encoder:  # states of earlier versions have no digest
+    if (
+        saved.encoder and current.encoder and saved.encoder != current.encoder
+    ):  # states of earlier versions have no digest
         changes.append(
             f"latents of another encoder, {saved.encoder[:8]} of --vae {saved.vae} (now {current.encoder[:8]} of {current.vae})"
         )

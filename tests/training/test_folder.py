@@ -13,7 +13,7 @@ from helpers.tiny_runs import SAVING, differences, outcome
 import train
 from checkpoint.format import read_weights
 from training import folder as run_folder
-from training import setup
+from training import state
 from training.folder import list_states, resolve_run_dir
 
 OWN = pytest.mark.reliability("R13", "branches and going back: no other run is changed, and no state is deleted")
@@ -129,8 +129,8 @@ def test_processes_that_read_something_else_are_all_refused(problem, flags, fini
     def prepare(rank):
         if rank == 1:
             path = folder / "states/0000009.safetensors" if problem == "another file" else folder / "lost.safetensors"
-            read = setup.read_digest
-            setup.read_digest = lambda _: read(path)
+            read = state.read_digest
+            state.read_digest = lambda _: read(path)
 
     codes = launch(
         train.main, flags("--experiment", folder.name, "--max-steps", 14), tmp_path, world=2, prepare=prepare
