@@ -58,6 +58,12 @@ def parse_args() -> argparse.Namespace:
         help="image: a noise stream for each image; official: the one stream of the official code, for each class",
     )
     add("--batch-size", type=int, default=16, help="images per forward pass; --seed-mode official uses --per-class")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use TF32 in float32 matrix products, on GPUs from Ampere on",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="folder for the images")
     return parser.parse_args()
@@ -80,13 +86,13 @@ def check_settings(args: argparse.Namespace):
 
 
 def select_labels(classes: list[str] | None, hierarchy: Hierarchy) -> list[int]:
-    """Return the labels of --classes. Raises ValueError if a query matches no class or several."""
+    """Return the labels of --classes, each once. Raises ValueError if a query matches no class or several."""
     if classes is None:
         count = min(DEFAULT_CLASSES, hierarchy.num_classes)
         return np.linspace(0, hierarchy.num_classes - 1, count).round().astype(int).tolist()
     if classes == ["all"]:
         return list(range(hierarchy.num_classes))
-    return [hierarchy.find(query) for query in classes]
+    return list(dict.fromkeys(hierarchy.find(query) for query in classes))
 
 
 def sample_batches(
@@ -121,6 +127,7 @@ def sample(args: argparse.Namespace):
     # Load model:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model, description, autoencoder = load_model(args, device)
     guidance = build_guidance(args, model)
     if args.compile:

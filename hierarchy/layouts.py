@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from runtime.files import LOCK_FILE
 from runtime.text import shorten
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
 INAT_RANKS = ("number", "kingdom", "phylum", "class", "order", "family", "genus", "epithet")
 INAT_NAME = re.compile(r"\d+(_[^_]+){7}")
 INAT_FOLDERS = ("train_mini", "train", "val")
+RESERVED_NAMES = ("rows", "digests", "settings.json", "grid.png", LOCK_FILE)  # of files beside the folders of samples
 VEGFRU_FOLDERS = ("veg200_images", "fru92_images")
 VEGFRU_LISTS = "vegfru_list"
 VEGFRU_FILE = re.compile(r"([vf]_\d+)_\d+_\d+\.\w+")
@@ -138,10 +140,22 @@ def check_unique_folders(folders: Iterable[Path]):
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Return a folder name for each class, unique and safe: separators become "_", equal names get their label."""
+    """Return a folder name for each class, unique and safe.
+
+    Separators become "_". A name that several classes would get, or that is in RESERVED_NAMES, is followed by the label of
+    the class, repeated until no class has that name.
+    """
     plain = ["".join("_" if c in "/\\:\0" else c for c in name).strip(". ") or "_" for name in class_names]
-    twins = {name for name, count in Counter(plain).items() if count > 1}
-    return [f"{name}-{label}" if name in twins else name for label, name in enumerate(plain)]
+    taken = {*plain, *RESERVED_NAMES}
+    repeated = {name for name, count in Counter(plain).items() if count > 1}
+    names = []
+    for label, name in enumerate(plain):
+        if name in repeated or name in RESERVED_NAMES:
+            while name in taken:
+                name += f"-{label}"
+            taken.add(name)
+        names.append(name)
+    return names
 
 
 # ---- iNaturalist ---------------------------------------------------------------------------------

@@ -108,10 +108,20 @@ def load_adapter_model(
 
 
 def match_hierarchy(given: Hierarchy, own: Hierarchy) -> Hierarchy:
-    """Return `given`, which may add names. Raises ValueError unless its parents are those of the adapter's `own`."""
+    """Return `given`, the one of --hierarchy, if its classes are the adapter's `own`; it may add names to numbers.
+
+    Raises ValueError if the superclasses of the classes differ, or the names of the classes unless `own` has only numbers.
+    """
     if not given.parents.equal(own.parents):
         raise ValueError(
             f"--hierarchy is {given!r}, expected {own!r}, on which the adapter was trained: drop the flag."
+        )
+    differ = (label for label, name in enumerate(own.classes) if name != given.classes[label])
+    label = None if own.numbered else next(differ, None)
+    if label is not None:
+        raise ValueError(
+            f"--hierarchy has {given.classes[label]!r} as class {label}, expected {own.classes[label]!r}, with which the "
+            "adapter was trained: drop the flag."
         )
     return given
 

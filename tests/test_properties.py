@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from helpers.tiny_models import described
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.description import ADAPTER, STATE
 from checkpoint.format import read_weights, save_safetensors
 from dataset.listing import list_files
 from hierarchy import Hierarchy, archive
+from hierarchy.layouts import RESERVED_NAMES, folder_names
 from training.batches import StepBatches
 
 # ---- hierarchies ------------------------------------------------------------------------------------------------------
@@ -56,6 +57,28 @@ def test_another_order_of_classes_changes_labels_and_nothing_else(h, data):
     other = Hierarchy([h.classes[i] for i in order], h.superclasses, h.parents[order], h.name)
     assert other.parents.equal(h.parents[order]) and (other == h) == (list(order) == list(range(h.num_classes)))
     assert archive.unpack_hierarchy(archive.pack_hierarchy(other.to_dict())) == other.to_dict()
+
+
+LABELLED = (
+    st.text("ab/:.-01", max_size=5) | st.sampled_from(RESERVED_NAMES) | WORD
+)  # many look like others with a label
+
+
+@given(st.lists(LABELLED, min_size=1, max_size=12, unique=True))
+@example(["a/b", "a:b", "a_b-0"])
+@example(["rows", "rows-0", "a", "a/", "rows-0-0"])
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_every_class_has_a_folder_of_its_own(names):
+    folders = folder_names(names)
+    assert len(set(folders)) == len(names) and not set(folders) & set(RESERVED_NAMES)
+    for label, folder in enumerate(folders):
+        assert folder and folder.strip(". ") == folder and not set(folder) & set("/\\:\0")
+        assert folder not in names or names[label] == folder  # the name of another class would be read as that class
+    plain = ["".join("_" if c in "/\\:\0" else c for c in name).strip(". ") or "_" for name in names]
+    for label, (folder, name) in enumerate(zip(folders, plain)):
+        earlier = f"{name}-{label}" if plain.count(name) > 1 else name  # as before names were unique for any list
+        if earlier not in RESERVED_NAMES and (earlier == name or earlier not in plain):
+            assert folder == earlier
 
 
 FOLDERS = ["cats/10", "cats/9", "cats/Manx", "dogs/manx_2", "dogs/a b", "dogs/\u00e9"]

@@ -97,6 +97,22 @@ def test_compiled_blocks_draw_the_same(run, adapter, monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("flags, expected", [([], True), (["--no-tf32"], False)])
+def test_tf32(flags, expected, run, adapter):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not expected
+    run("--ckpt", adapter, "--classes", 0, *flags)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
+
+
+def test_files_of_samples_never_take_the_place_of_a_class(run, adapter, tmp_path):
+    """Classes that are called as the files beside the class folders."""
+    names = ["rows", "digests", "settings.json", ".lock", "grid.png"]
+    assert folder_names(names) == ["rows-0", "digests-1", "settings.json-2", "lock", "grid.png-4"]
+    hierarchy = Hierarchy.load(saved_hierarchy(tmp_path / "x.json", *names))
+    ckpt = rewritten(adapter, tmp_path / "x.safetensors", hierarchy=hierarchy)
+    assert len(run("--ckpt", ckpt)) == 5
+
+
 def test_a_folder_for_each_class():
     assert folder_names(["lynx", "a/b", "a:b", "..", " c. ", "a_b"]) == ["lynx", "a_b-1", "a_b-2", "_", "c", "a_b-5"]
 
@@ -107,6 +123,7 @@ def test_a_folder_for_each_class():
         (["0", "pug"], ["lynx", "pug"]),
         (["04"], ["pug_dog"]),
         (["BEAG", "pug dog"], ["beagle", "pug_dog"]),
+        (["pug", "lynx", "3", "pug"], ["lynx", "pug"]),  # each once
         (["all"], NAMES),
     ],
 )
@@ -165,6 +182,39 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(scale, command, ad
     )
     refused(command(sample.main, *flags, "--cfg-scale", scale), "Image 0 of class 3 of seed 6 is not finite", "--ckpt")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- --hierarchy with an adapter ---------------------------------------------------------------
+
+
+def saved_hierarchy(path, *names, parents=(0, 0, 1, 1, 1)):
+    path.write_text(json.dumps({"superclasses": ["cats", "dogs"], "classes": names or None, "parents": parents}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["manx", "lynx", *NAMES[2:]], "has 'manx' as class 0, expected 'lynx'"),
+        ([*NAMES[:4], "akita"], "has 'akita' as class 4, expected 'pug_dog'"),
+        ([], "has '00000' as class 0, expected 'lynx'"),
+    ],
+)
+def test_a_hierarchy_of_other_classes_is_refused(names, words, command, adapter, tmp_path):
+    path = saved_hierarchy(tmp_path / "x.json", *names)
+    refused(command(sample.main, "--ckpt", adapter, "--sample-dir", tmp_path / "out", "--hierarchy", path), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hierarchy_gives_names_to_an_adapter_with_numbers(run, adapter, tmp_path):
+    names = "ocelot", "puma", "akita", "corgi", "husky"
+    numbered = Hierarchy.load(saved_hierarchy(tmp_path / "numbers.json"))
+    ckpt = rewritten(adapter, tmp_path / "numbers.safetensors", hierarchy=numbered)
+    found = run("--ckpt", ckpt, "--hierarchy", saved_hierarchy(tmp_path / "x.json", *names), "--classes", "corgi")
+    assert list(found) == ["corgi/000000.png"]
+    assert np.array_equal(found["corgi/000000.png"], run("--ckpt", ckpt, "--classes", 3)["00003/000000.png"])
+    own = saved_hierarchy(tmp_path / "own.json", *NAMES)  # the adapter's own names
+    assert list(run("--ckpt", adapter, "--hierarchy", own, "--classes", "pug")) == ["pug/000000.png"]
 
 
 # ---- guidance: flags and the other weights that they name ------------------------------------------------------------

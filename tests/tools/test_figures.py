@@ -18,6 +18,7 @@ import sample
 from checkpoint.format import read_weights
 from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
+from models import DiT
 from sampling.grid import caption
 from tools.figures import class_rows, gallery, plots
 from tools.figures.__main__ import main
@@ -125,6 +126,20 @@ def test_grid_has_a_row_per_superclass_with_the_images_of_sample_py(draw, comman
     assert captions == [["lynx", "manx"], ["beagle", "pug dog"]]  # evenly spread
     (rows, captions, titles), _ = draw("grid", "--ckpt", adapter, *FAST, "--classes", "pug", "4")
     assert captions == [["pug", "pug dog"]] and titles == ["dogs"]
+
+
+def test_grid_of_a_compiled_model(draw, adapter, monkeypatch):
+    graphs, compile_blocks = [], DiT.compile_blocks
+
+    def eagerly(model):  # torch's own compiler takes half a minute
+        compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(DiT, "compile_blocks", eagerly)
+    (expected, *_), _ = draw("grid", "--ckpt", adapter, *FAST, "--classes", 0)
+    assert not graphs
+    (found, *_), _ = draw("grid", "--ckpt", adapter, *FAST, "--classes", 0, "--compile")
+    torch.compiler.reset()
+    assert graphs and np.array_equal(found, expected)
 
 
 def test_grid_of_a_folder_of_images(draw, images, tmp_path):

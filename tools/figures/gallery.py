@@ -40,12 +40,18 @@ class Source:
 
 
 def load_source(args: argparse.Namespace, path: str | os.PathLike) -> Source:
-    """Load the adapter or checkpoint at `path` and the guidance of the flags, on the GPU if there is one."""
+    """Load the adapter or checkpoint at `path`, compiled with --compile, and the guidance of the flags.
+
+    Both are on the GPU if there is one.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
     args = argparse.Namespace(**vars(args) | {"ckpt": path})
     model, description, autoencoder = load_model(args, device)
-    return Source(model, description, autoencoder, build_guidance(args, model))
+    guidance = build_guidance(args, model)
+    if args.compile:
+        model.compile_blocks()
+    return Source(model, description, autoencoder, guidance)
 
 
 def sample_images(
