@@ -1,14 +1,16 @@
-"""Write an image folder of glyphs: real input for the quick start, from fonts that are already on the machine.
+"""Write an image folder of glyphs for the quick start, from fonts that matplotlib contains.
 
     python -m examples.glyphs.draw --out data/glyphs --set new
 
-Superclass = Unicode block, class = code point, variety = face, size, shift and rotation: `block/code_NAME/*.png`,
-white on black, 64 pixels. The fonts are the DejaVu and STIX faces inside matplotlib. Faces in HELD_OUT are never
-trained on; `--faces held-out` draws them. `--set base` is what the base model knows, `--set new` what the quick start
-fine-tunes to: no block is in both, and no glyph of one looks like a glyph of the other.
+A class is a code point and a superclass a Unicode block; the images of a class vary in face, size, shift and rotation.
+They are written as `block/code_NAME/*.png`, white on black, 64 x 64 pixels. The faces are the DejaVu and STIX fonts of
+matplotlib. Faces in HELD_OUT are never used in training; `--faces held-out` draws them. The base model was trained on
+`--set base`, and the quick start fine-tunes it on `--set new`. The two sets share no block, and no glyph of one looks
+like a glyph of the other.
 """
 
 import json
+import os
 import random
 import unicodedata
 from functools import cache
@@ -25,21 +27,37 @@ from runtime.cli import Parser, run_command
 CLASSES_FILE = Path(__file__).parent / "classes.json"
 SIZE = 64  # pixels
 EM = 44  # font size in pixels, before the jitter
-MIN_FACES = 8  # a class is drawn by at least so many faces
-MIN_SIDE, MIN_LENGTH, MAX_LENGTH = 7, 18, 60  # of the ink, in pixels
-LOOK_ALIKE = 0.16  # two glyphs differing by less of their ink are one
-JITTER = {"scale": 0.12, "shift": 2.5, "degrees": 6.0}  # largest deviation, uniform
+MIN_FACES = 8  # faces that must have a glyph for it to become a class
+MIN_SIDE, MIN_LENGTH, MAX_LENGTH = 7, 18, 60  # shorter side and longer side of the ink, in pixels
+LOOK_ALIKE = 0.16  # two glyphs look alike if less than this share of their ink differs
+JITTER = {"scale": 0.12, "shift": 2.5, "degrees": 6.0}  # largest deviations; the distribution is uniform
 
 FACES = (
-    "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique "
-    "DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique "
-    "DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic "
-    "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta"
-).split()
-PLAIN = ("DejaVuSans", "DejaVuSerif", "STIXGeneral")  # in which look-alikes are judged
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+)
+PLAIN = ("DejaVuSans", "DejaVuSerif", "STIXGeneral")  # faces in which glyphs are compared
 HELD_OUT = ("DejaVuSansMono-Bold", "DejaVuSerif-Italic", "STIXGeneral")
 
-# block: (first code point, last code point, at most so many classes, spread evenly)
+EXAMPLES = """
+    python -m examples.glyphs.draw --out data/glyphs --set new
+    python -m examples.glyphs.draw --out data/held-out --set new --faces held-out --per-class 6
+"""
+# block: (first code point, last code point, most classes, chosen at even distances)
 BLOCKS = {
     "base": {
         "Basic Latin": (0x21, 0x7E, 94),
@@ -63,28 +81,37 @@ BLOCKS = {
 }
 
 
+# ---- drawing -------------------------------------------------------------------------------------
+
+
 @cache
-def font(face, size):
+def load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a face of matplotlib in a size in pixels."""
     path = Path(matplotlib.get_data_path(), "fonts/ttf", f"{face}.ttf")
-    # BASIC layout: the same pixels with and without libraqm
+    # BASIC layout gives the same pixels with and without libraqm
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
-def faces_of():
-    """code point -> tuple of the faces that draw it, in the order of FACES."""
+def faces_by_code() -> dict[int, tuple[str, ...]]:
+    """Return {code point: faces that have a glyph for it}, in the order of FACES."""
     found = {}
     for face in FACES:
-        for code in FT2Font(font(face, EM).path).get_charmap():
+        for code in FT2Font(load_font(face, EM).path).get_charmap():
             found.setdefault(code, []).append(face)
     return {code: tuple(faces) for code, faces in found.items()}
 
 
-def draw(code, face, scale=1.0, shift=(0.0, 0.0), degrees=0.0):
-    """One glyph, its ink centred, then turned and moved: an "L" image of SIZE x SIZE pixels, white on black."""
-    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))  # drawn twice as large, then averaged
-    type_ = font(face, round(2 * EM * scale))
-    ImageDraw.Draw(canvas).text((SIZE, SIZE), chr(code), fill=255, font=type_, anchor="mm")
+def draw_glyph(
+    code: int, face: str, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0), degrees: float = 0.0
+) -> Image.Image:
+    """Draw a glyph, white on black, with its ink centred, then rotated and shifted (right, down) by pixels.
+
+    Returns a grey image ("L") of SIZE x SIZE pixels.
+    """
+    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))  # twice the size, averaged at the end
+    font = load_font(face, round(2 * EM * scale))
+    ImageDraw.Draw(canvas).text((SIZE, SIZE), chr(code), fill=255, font=font, anchor="mm")
     left, top, right, bottom = canvas.getbbox() or (SIZE,) * 4
     centre = (left + right) / 2, (top + bottom) / 2
     move = [SIZE - c + 2 * s for c, s in zip(centre, shift)]
@@ -92,26 +119,32 @@ def draw(code, face, scale=1.0, shift=(0.0, 0.0), degrees=0.0):
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def varied(code, face, rng):
-    """`draw` with size, shift and rotation from `rng` (random.Random)."""
+def draw_varied(code: int, face: str, rng: random.Random) -> Image.Image:
+    """Draw a glyph with random size, shift and rotation."""
     u = rng.uniform
     s, d = JITTER["shift"], JITTER["degrees"]
     scale = 1 + u(-JITTER["scale"], JITTER["scale"])
-    return draw(code, face, scale, (u(-s, s), u(-s, s)), u(-d, d))
+    return draw_glyph(code, face, scale, (u(-s, s), u(-s, s)), u(-d, d))
 
 
-def portrait(code):
-    """The unjittered glyph in three plain faces, blurred; zeros where a face lacks it: float32 (3, SIZE/2, SIZE/2)."""
-    picture = np.zeros((len(PLAIN), SIZE // 2, SIZE // 2), dtype=np.float32)
+# ---- choice of classes ---------------------------------------------------------------------------
+
+
+def portrait(code: int) -> np.ndarray:
+    """Return a glyph in the faces of PLAIN, blurred: float32 (3, SIZE/2, SIZE/2) in 0..1, zeros if a face lacks it."""
+    result = np.zeros((len(PLAIN), SIZE // 2, SIZE // 2), dtype=np.float32)
     for i, face in enumerate(PLAIN):
-        if face in faces_of()[code]:
-            image = draw(code, face).filter(ImageFilter.GaussianBlur(1.5)).reduce(2)
-            picture[i] = np.asarray(image, dtype=np.float32) / 255
-    return picture
+        if face in faces_by_code()[code]:
+            image = draw_glyph(code, face).filter(ImageFilter.GaussianBlur(1.5)).reduce(2)
+            result[i] = np.asarray(image, dtype=np.float32) / 255
+    return result
 
 
-def difference(a, b):
-    """Of portraits (..., 3, h, w): ink that one alone has over all ink, mean over shared faces; 0 the same, 1 apart."""
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return how much portraits (..., 3, h, w) differ, from 0 (equal) to 1 (no common ink).
+
+    It is the share of the ink that only one of the two has, averaged over the faces that have both glyphs.
+    """
     apart = np.abs(a - b).sum((-1, -2))
     either = np.maximum(a, b).sum((-1, -2))
     shared = (a.sum((-1, -2)) > 0) & (b.sum((-1, -2)) > 0)
@@ -119,72 +152,87 @@ def difference(a, b):
     return np.where(shared.any(-1), ratio / np.maximum(shared.sum(-1), 1), 1.0)
 
 
-def usable(code):
-    """Drawn by enough faces, a letter, digit, symbol or punctuation, and neither a dot nor a banner."""
-    if len(faces_of().get(code, ())) < MIN_FACES or unicodedata.category(chr(code))[0] not in "LNSP":
+def usable(code: int) -> bool:
+    """Return whether a code point can be a class.
+
+    It must be a letter, digit, symbol or punctuation mark, be in enough faces, and be neither too small nor too large.
+    """
+    if len(faces_by_code().get(code, ())) < MIN_FACES or unicodedata.category(chr(code))[0] not in "LNSP":
         return False
-    box = draw(code, faces_of()[code][0]).getbbox()
+    box = draw_glyph(code, faces_by_code()[code][0]).getbbox()
     if box is None:
         return False
     sides = box[2] - box[0], box[3] - box[1]
     return min(sides) >= MIN_SIDE and MIN_LENGTH <= max(sides) <= MAX_LENGTH
 
 
-def choose():
-    """{"base": {block: [code points]}, "new": {...}}; of two look-alikes the earlier code point keeps its place."""
+def choose_classes() -> dict[str, dict[str, list[int]]]:
+    """Return {"base": {block: [code points]}, "new": {...}}; of two glyphs that look alike the first one is kept."""
     portraits, chosen = [], {}
     for which, blocks in BLOCKS.items():
         chosen[which] = {}
         for block, (first, last, most) in blocks.items():
             kept = []
             for code in tqdm(filter(usable, range(first, last + 1)), desc=block, unit="glyph"):
-                picture = portrait(code)
-                if not portraits or difference(picture, np.stack(portraits)).min() >= LOOK_ALIKE:
-                    portraits.append(picture)
+                glyph = portrait(code)
+                if not portraits or difference(glyph, np.stack(portraits)).min() >= LOOK_ALIKE:
+                    portraits.append(glyph)
                     kept.append(code)
             spread = np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int)
             chosen[which][block] = [kept[i] for i in spread]
     return chosen
 
 
-def classes(which):
-    """{block: [code points]} of the set "base" or "new", from CLASSES_FILE."""
+def read_classes(which: str) -> dict[str, list[int]]:
+    """Read {block: [code points]} of the set "base" or "new" from CLASSES_FILE."""
     return json.loads(CLASSES_FILE.read_text())[which]
 
 
-def class_name(code):
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def class_name(code: int) -> str:
+    """Return the name of a class folder: 0041_LATIN_CAPITAL_LETTER_A."""
     return f"{code:04X}_{unicodedata.name(chr(code)).replace(' ', '_')}"
 
 
-def write(out, which, held_out, per_class, seed):
-    """Write `per_class` images of every class of a set, faces in turn; they depend on the arguments alone."""
-    jobs = [(block, code) for block, codes in classes(which).items() for code in codes]
+def write_images(out: str | os.PathLike, which: str, held_out: bool, per_class: int, seed: int) -> int:
+    """Write `per_class` images of every class of a set, with the faces in turn; return the number of classes.
+
+    The images depend on the arguments only.
+    """
+    jobs = [(block, code) for block, codes in read_classes(which).items() for code in codes]
     for block, code in tqdm(jobs, desc=f"glyphs: {which}", unit="class"):
         folder = Path(out, block.replace(" ", "_"), class_name(code))
         folder.mkdir(parents=True, exist_ok=True)
-        faces = [f for f in faces_of()[code] if (f in HELD_OUT) == held_out]
+        faces = [f for f in faces_by_code()[code] if (f in HELD_OUT) == held_out]
         rng = random.Random(f"{seed} {which} {held_out} {code}")
         for i in range(per_class):
             face = faces[i % len(faces)]
-            varied(code, face, rng).save(folder / f"{i:03d}_{face}.png")
+            draw_varied(code, face, rng).save(folder / f"{i:03d}_{face}.png")
     return len(jobs)
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--set", choices=list(BLOCKS), default="new", dest="which")
-    parser.add_argument("--faces", choices=["train", "held-out"], default="train")
-    parser.add_argument("--per-class", type=int, default=52)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--choose", action="store_true", help="choose the classes anew, write them to --out")
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add = parser.add_argument
+    add("--out", required=True, help="folder to write, new or empty")
+    add("--set", choices=list(BLOCKS), default="new", dest="which", help="classes to draw")
+    add("--faces", choices=["train", "held-out"], default="train", help="faces to draw them in")
+    add("--per-class", type=int, default=52, help="images per class")
+    add("--seed", type=int, default=0, help="seed of size, shift and rotation")
+    add(
+        "--choose",
+        action="store_true",
+        help="instead of images, choose the classes again and write them to the file --out",
+    )
     args = parser.parse_args()
     if args.choose:
-        Path(args.out).write_text(json.dumps(choose()) + "\n")
+        Path(args.out).write_text(json.dumps(choose_classes()) + "\n")
         return
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
-        raise ValueError(f"{args.out} is not empty, expected a new folder: remove it or name another.")
-    count = write(args.out, args.which, args.faces == "held-out", args.per_class, args.seed)
+        raise ValueError(f"{args.out} is not empty, expected a new folder: remove it or choose another --out.")
+    count = write_images(args.out, args.which, args.faces == "held-out", args.per_class, args.seed)
     print(f"{count} classes x {args.per_class} images in {args.out}")
 
 

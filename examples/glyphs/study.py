@@ -1,12 +1,14 @@
-"""Fine-tuning methods side by side on glyphs: each with several seeds, at several guidance scales, read by a classifier.
+"""Compare fine-tuning methods on glyphs, each with several seeds and guidance scales, by a classifier's reading.
 
     python -m examples.glyphs.study --data quickstart --out study --train "--resume examples/glyphs/base.safetensors ..."
 
-`make study` runs it with the quick start's data and settings. FineDiffusion is guided by superclasses; the methods with
-a null row by it. Two controls: FineDiffusion's parameters with a null row in place of superclasses, and superclasses
-dealt out at random. What is done is not done again: the same command goes on. Writes study.json and study.md.
+`make study` runs it with the data and settings of the quick start. FineDiffusion is guided by superclasses, a method
+with a null row by that row. There are two controls: the parameters of FineDiffusion with a null row instead of
+superclasses, and FineDiffusion with superclasses assigned at random for each seed. The same command resumes an interrupted study.
+Writes study.json and study.md.
 """
 
+import argparse
 import json
 import os
 import re
@@ -14,84 +16,102 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder
+from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.loading import load_adapted
 from evaluation.metrics import features_root, frechet_distance
-from examples.glyphs import read as read_glyphs
+from examples.glyphs import read
 from guidance import Guidance
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
+from runtime.text import markdown_table
 from sampling.samplers import sample_keyed, to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
+SHUFFLED = "finediffusion, shuffled"  # with randomly assigned superclasses
 METHODS = {  # name: flags of train.py
     "finediffusion": [],
     "finediffusion, null row": ["--embedder", "null"],
-    "finediffusion, shuffled": [],  # with superclasses dealt out at random
+    SHUFFLED: [],
     "bitfit": ["--method", "bitfit"],
     "difffit": ["--method", "difffit"],
     "full": ["--method", "full"],
 }
-SHUFFLED = "finediffusion, shuffled"
 SCALES = (1.0, 1.5, 2.0, 4.0)
 STEPS, BATCH = 20, 64  # of DDIM, and images at a time
+REAL = "real, other faces"
+TABLES = (  # metric, title, factor, digits
+    ("class", "right class, %", 100, 1),
+    ("superclass", "right superclass, %", 100, 1),
+    ("distance", "Frechet distance on the classifier's features", 1, 2),
+)
+EXAMPLES = """
+    make study
+    python -m examples.glyphs.study --data quickstart --out study --seeds 0 --train "--resume examples/glyphs/base.safetensors"
+"""
 
 
-def run(*command):
-    """A command of the project on one core; its last words where it fails."""
+# ---- training ------------------------------------------------------------------------------------
+
+
+def run(*command: str | os.PathLike | int):
+    """Run a command of the project on one core; raise ValueError with the last line of its output if it fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"{shlex.join(map(str, command))} failed ({result.stderr.strip().splitlines()[-1]}).")
 
 
-def shuffled(hierarchy, seed=0):
-    """The same classes under superclasses of the same sizes, dealt out at random."""
+def shuffle_superclasses(hierarchy: Hierarchy, seed: int) -> Hierarchy:
+    """Return the same classes under randomly assigned superclasses of the same sizes."""
     parents = hierarchy.parents[torch.randperm(len(hierarchy.parents), generator=torch.Generator().manual_seed(seed))]
     return Hierarchy(hierarchy.classes, hierarchy.superclasses, parents, "shuffled")
 
 
-def train_all(args, out, hierarchy):
-    """{(method, seed): adapter} of all trainings, those that are not there trained `--jobs` at a time."""
-    spec = out / "shuffled.json"
-    atomic_write(spec, lambda part: part.write_text(json.dumps(shuffled(hierarchy).to_dict())))
-    for name, flags in (("latents", []), ("latents-shuffled", ["--hierarchy", spec])):
+def train_all(args: argparse.Namespace, hierarchy: Hierarchy) -> dict[tuple[str, int], Path]:
+    """Train every method with every seed, `--jobs` at a time; return {(method, seed): adapter}.
+
+    train.py resumes or skips the runs that already exist.
+    """
+    out = args.out
+    latents = {"latents": []}  # folder: flags of its encoding
+    for seed in args.seeds if SHUFFLED in METHODS else ():
+        spec, text = out / f"shuffled-{seed}.json", json.dumps(shuffle_superclasses(hierarchy, seed).to_dict())
+        atomic_write(spec, lambda part, text=text: part.write_text(text))
+        latents[f"latents-shuffled-{seed}"] = ["--hierarchy", spec]
+    for name, flags in latents.items():
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
-    done = {
+    folders = {
         (method, seed): out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}" for method in METHODS for seed in args.seeds
     }
 
     def train(job):
         method, seed = job
-        latents = out / ("latents-shuffled" if method == SHUFFLED else "latents")
-        flags = [
-            "--latents",
-            latents,
-            "--results-dir",
-            out / "runs",
-            "--experiment",
-            done[job].name,
-            "--global-seed",
-            seed,
-        ]
-        run("train.py", *shlex.split(args.train), *flags, "--preview-images", 0, *METHODS[method])
+        name = f"latents-shuffled-{seed}" if method == SHUFFLED else "latents"
+        flags = ["--latents", out / name, "--results-dir", out / "runs", "--experiment", folders[job].name]
+        flags += ["--global-seed", seed, "--preview-images", 0]
+        run("train.py", *shlex.split(args.train), *flags, *METHODS[method])
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, done), total=len(done), desc="training", unit="run"))
-    return {job: max((folder / "adapters").glob("*.safetensors")) for job, folder in done.items()}
+        list(tqdm(pool.map(train, folders), total=len(folders), desc="training", unit="run"))
+    return {job: max((folder / "adapters").glob("*.safetensors")) for job, folder in folders.items()}
 
 
-def sample(path, autoencoder, scale, per_class):
-    """uint8 (N, 3, H, W) of all classes of an adapter, `per_class` of each, and labels (N,)."""
+# ---- sampling and reading ------------------------------------------------------------------------
+
+
+def sample(path: Path, autoencoder: Autoencoder, scale: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample `per_class` images of every class of an adapter: uint8 (N, 3, H, W), and labels (N,)."""
     model, description = load_adapted(path)
     jobs = [(label, k) for label in range(description.hierarchy.num_classes) for k in range(per_class)]
     images, guidance = [], Guidance("superclass", scale)
@@ -103,69 +123,93 @@ def sample(path, autoencoder, scale, per_class):
     return torch.cat(images), torch.tensor([label for label, _ in jobs])
 
 
-def figures(reader, features, images, labels, parents, real):
-    """Shares read as the right class and superclass, and the Frechet distance of the reader's features to `real`'s."""
-    found = read_glyphs.shares(read_glyphs.apply(reader, images), labels, parents)
-    return found | {"distance": float(frechet_distance(features_root(read_glyphs.apply(features, images)), real))}
+def compute_metrics(
+    reader: nn.Module,
+    features: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    parents: torch.Tensor,
+    real: torch.Tensor,
+) -> dict[str, float]:
+    """Return the accuracies of the classifier, and the Frechet distance of its features to those of real glyphs.
+
+    real: `features_root` of the real glyphs' features
+    """
+    found = read.accuracies(read.run_network(reader, images), labels, parents)
+    return found | {"distance": float(frechet_distance(features_root(read.run_network(features, images)), real))}
 
 
-def table(rows):
-    """Markdown: mean and standard deviation over the seeds, of {method: {scale: {figure: [values]}}}."""
-    lines = []
-    for figure, title, factor, digits in (
-        ("class", "right class, %", 100, 1),
-        ("superclass", "right superclass, %", 100, 1),
-        ("distance", "Frechet distance of the reader's features", 1, 2),
-    ):
-        lines += [f"**{title}**", "", f"| method | {' | '.join(f'w = {w:g}' for w in SCALES)} |"]
-        lines += ["|---|" + "---:|" * len(SCALES)]
-        for method, scales in rows.items():
-            cells = []
-            for scale in SCALES:
-                values = [factor * value for value in scales[str(scale)][figure]]
-                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+def sample_all(
+    args: argparse.Namespace, adapters: dict[tuple[str, int], Path], autoencoder: Autoencoder, measure: Callable
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Sample every adapter at every scale; return {method: {scale: {metric: [value for each seed]}}}.
 
-
-def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with the glyphs train/ and held-out/")
-    add("--out", type=Path, required=True)
-    add("--train", required=True, help="flags of train.py that all methods share")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--per-class", type=int, default=4, help="images to sample of each class")
-    add("--jobs", type=int, default=2, help="trainings at a time, each on one core")
-    args = parser.parse_args()
-
-    hierarchy = Hierarchy.from_folder(args.data / "train")
-    adapters = train_all(args, args.out, hierarchy)
-    features, reader = read_glyphs.train(*read_glyphs.load(args.data / "train", hierarchy), hierarchy.num_classes)
-    autoencoder = load_autoencoder("examples/glyphs/vae")
-    images, labels = read_glyphs.load(args.data / "held-out", hierarchy)
-    of = partial(figures, reader, features, parents=hierarchy.parents)
-    real = features_root(read_glyphs.apply(features, images))
-    rows = {"real, other faces": of(images, labels, real=real)}
-    kept = args.out / "figures.json"  # of the adapters read so far
+    measure(images, labels) -> metrics. They are kept in figures.json, so that a resumed study samples no adapter again.
+    """
+    rows, kept = {}, args.out / "figures.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     for (method, seed), path in tqdm(adapters.items(), desc="sampling", unit="adapter"):
         for scale in SCALES:
             key = f"{method} {seed} {scale} {path.name} {args.per_class}"
             if key not in known:
-                known[key] = of(*sample(path, autoencoder, scale, args.per_class), real=real)
+                known[key] = measure(*sample(path, autoencoder, scale, args.per_class))
                 atomic_write(kept, lambda part: part.write_text(json.dumps(known, indent=1) + "\n"))
             row = rows.setdefault(method, {}).setdefault(str(scale), {name: [] for name in known[key]})
             for name, value in known[key].items():
                 row[name].append(value)
-    atomic_write(args.out / "study.json", lambda part: part.write_text(json.dumps(rows, indent=1) + "\n"))
-    first = rows.pop("real, other faces")
+    return rows
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def table(rows: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """Return a Markdown table per metric, mean and standard deviation over the seeds; rows: see `sample_all`."""
+
+    def cell(values, digits):
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = []
+    for metric, title, factor, digits in TABLES:
+        cells = [
+            [method, *(cell([factor * value for value in scales[str(w)][metric]], digits) for w in SCALES)]
+            for method, scales in rows.items()
+        ]
+        header = ["method", *(f"w = {w:g}" for w in SCALES)]
+        lines += [f"**{title}**", "", *markdown_table(header, cells, align="l" + "r" * len(SCALES)), ""]
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with the glyphs train/ and held-out/")
+    add("--out", type=Path, required=True, help="folder for runs and results; the same one resumes")
+    add("--train", required=True, help="flags of train.py that all methods share")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds of each method")
+    add("--per-class", type=int, default=4, help="images to sample per class")
+    add("--jobs", type=int, default=2, help="training runs at a time, each on one core")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    hierarchy = Hierarchy.from_folder(args.data / "train")
+    adapters = train_all(args, hierarchy)
+    features, reader = read.train_reader(*read.load_images(args.data / "train", hierarchy), hierarchy.num_classes)
+    images, labels = read.load_images(args.data / "held-out", hierarchy)
+    real = features_root(read.run_network(features, images))
+    measure = partial(compute_metrics, reader, features, parents=hierarchy.parents, real=real)
+
+    found = measure(images, labels)
+    rows = sample_all(args, adapters, load_autoencoder("examples/glyphs/vae"), measure)
+    report = json.dumps({REAL: found} | rows, indent=1) + "\n"
+    atomic_write(args.out / "study.json", lambda part: part.write_text(report))
     text = (
         f"{len(args.seeds)} seeds, {args.per_class} images of each of {hierarchy.num_classes} classes at each scale; mean and "
-        f"standard deviation over the seeds. Real glyphs in faces that the reader did not see: {100 * first['class']:.1f}% right "
-        f"class, {100 * first['superclass']:.1f}% right superclass.\n\n{table(rows)}"
+        "standard deviation over the training seeds. Real glyphs in faces that the classifier never saw: "
+        f"{100 * found['class']:.1f}% right class, {100 * found['superclass']:.1f}% right superclass.\n\n{table(rows)}"
     )
     atomic_write(args.out / "study.md", lambda part: part.write_text(text))
     print(text)

@@ -1,11 +1,13 @@
-"""Train the quick start's autoencoder, a small `AutoencoderKL`, on an image folder.
+"""Train the autoencoder of the quick start, a small `AutoencoderKL`, on an image folder.
 
     python -m examples.glyphs.train_autoencoder --data-path data/glyphs-base --out examples/glyphs/vae
 
-Half of the loss is absolute error, half is squared error, plus KL_WEIGHT times the KL divergence (nats per latent
-number). The scale that brings the latents to unit variance goes into config.json, the weights are stored in fp16.
+The loss is half absolute error and half squared error, plus KL_WEIGHT times the KL divergence (nats per latent value).
+The scale that gives the latents unit variance is saved in config.json; the weights are saved in fp16.
 """
 
+import argparse
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from runtime.cli import Parser, run_command
 
 KL_WEIGHT = 1e-3
+SCALE_IMAGES = 512  # images that the latents' scale is measured on
 CONFIG = dict(
     block_out_channels=(8, 16, 32, 64),  # 64 pixels -> 8 x 8 latents
     down_block_types=("DownEncoderBlock2D",) * 4,
@@ -28,40 +31,33 @@ CONFIG = dict(
     norm_num_groups=4,
     sample_size=64,
 )
+EXAMPLES = """
+    python -m examples.glyphs.train_autoencoder --data-path data/glyphs-base --out vae
+    python -m examples.glyphs.train_autoencoder --data-path data/glyphs-base --out vae --max-steps 500 --batch-size 32
+"""
 
 
-def load_images(folder):
-    """All PNG under `folder`: uint8 (N, H, W), grey."""
+def load_images(folder: str | os.PathLike) -> torch.Tensor:
+    """Load all PNG files below a folder in grey: uint8 (N, H, W). Raises ValueError if there are none."""
     paths = sorted(Path(folder).rglob("*.png"))
     if not paths:
         raise ValueError(f"{folder} has no PNG files in it, expected a folder of images: check the path.")
     return torch.stack([torch.from_numpy(np.asarray(Image.open(p).convert("L"))) for p in paths])
 
 
-def batch_of(images, rows):
+def make_batch(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the images of some rows, float32 (n, 3, H, W) in [-1, 1]."""
     x = images[rows].float().div(127.5).sub(1)
     return x[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-path", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--max-steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    images = load_images(args.data_path)
-    vae = AutoencoderKL(**CONFIG)
-    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(images):,} images")
+def train(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch_size: int, lr: float):
+    """Train the autoencoder in place, with AdamW and a one-cycle learning rate."""
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.max_steps, pct_start=0.05)
-    bar, start = tqdm(range(args.max_steps), unit="step"), time.time()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+    bar = tqdm(range(steps), unit="step")
     for _ in bar:
-        x = batch_of(images, torch.randint(len(images), (args.batch_size,)))
+        x = make_batch(images, torch.randint(len(images), (batch_size,)))
         posterior = vae.encode(x).latent_dist
         out = vae.decode(posterior.sample()).sample
         error = 0.5 * F.l1_loss(out, x) + 0.5 * F.mse_loss(out, x)
@@ -74,17 +70,41 @@ def main():
         schedule.step()
         bar.set_postfix(error=f"{error.item():.4f}", kl=f"{kl.item():.2f}")
 
-    with torch.no_grad():
-        x = batch_of(images, torch.randint(len(images), (512,)))
-        posterior = vae.encode(x).latent_dist
-        latents = posterior.sample()
-        rebuilt = vae.decode(latents).sample
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, images: torch.Tensor) -> tuple[float, float]:
+    """Return the mean absolute error, 0..2, and the scale that gives the latents unit variance."""
+    x = make_batch(images, torch.randint(len(images), (SCALE_IMAGES,)))
+    latents = vae.encode(x).latent_dist.sample()
+    rebuilt = vae.decode(latents).sample
+    return F.l1_loss(rebuilt, x).item(), round(1 / latents.std().item(), 5)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add = parser.add_argument
+    add("--data-path", required=True, help="folder of PNG images, 64 x 64 pixels, in any folders below it")
+    add("--out", required=True, help="folder for the autoencoder, in diffusers' form")
+    add("--max-steps", type=int, default=2000, help="training steps")
+    add("--batch-size", type=int, default=16, help="images per step")
+    add("--lr", type=float, default=2e-3, help="largest learning rate")
+    add("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    images = load_images(args.data_path)
+    vae = AutoencoderKL(**CONFIG)
+    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(images):,} images")
+    start = time.time()
+    train(vae, images, args.max_steps, args.batch_size, args.lr)
+    error, scale = measure(vae, images)
+    vae.register_to_config(scaling_factor=scale)
     vae.half().save_pretrained(args.out)
-    print(
-        f"{args.max_steps} steps in {time.time() - start:.0f} s; mean absolute error {F.l1_loss(rebuilt, x):.4f} of 2, "
-        f"scale {vae.config.scaling_factor}"
-    )
+    seconds = time.time() - start
+    print(f"{args.max_steps} steps in {seconds:.0f} s; mean absolute error {error:.4f} of 2, scale {scale}")
 
 
 if __name__ == "__main__":

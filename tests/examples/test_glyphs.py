@@ -1,3 +1,5 @@
+"""Glyphs of the quick start: drawing, the choice of classes, the image folder, and the classifier that reads them."""
+
 import json
 import random
 
@@ -6,18 +8,17 @@ import pytest
 import torch
 from helpers.tiny_files import tree
 
-from examples.glyphs import draw as glyphs
-from examples.glyphs import read as read_glyphs
+from examples.glyphs import draw, read
 from hierarchy import Hierarchy
 
-CHOSEN = json.loads(glyphs.CLASSES_FILE.read_text())
+CHOSEN = json.loads(draw.CLASSES_FILE.read_text())
 SIX = {"Basic Latin": [0x41, 0x42, 0x53], "Armenian": [0x531, 0x537, 0x556]}
 
 
 @pytest.fixture
 def six(tmp_path, monkeypatch):
-    """Six classes in two superclasses instead of all: the folder that a test may write to."""
-    monkeypatch.setattr(glyphs, "CLASSES_FILE", tmp_path / "glyphs.json")
+    """Reduce both sets to six classes in two superclasses; return a folder to write to."""
+    monkeypatch.setattr(draw, "CLASSES_FILE", tmp_path / "glyphs.json")
     (tmp_path / "glyphs.json").write_text(json.dumps({"base": SIX, "new": SIX}))
     return tmp_path / "out"
 
@@ -28,82 +29,82 @@ def ink(image):
 
 
 @pytest.mark.parametrize("code, face", [(0x41, "DejaVuSans"), (0x2C, "STIXGeneralItalic"), (0x1F06, "DejaVuSerif")])
-def test_the_ink_is_centred_then_moved(code, face):
-    middle = glyphs.SIZE / 2
-    image = glyphs.draw(code, face)
+def test_ink_is_centred_and_then_shifted(code, face):
+    middle = draw.SIZE / 2
+    image = draw.draw_glyph(code, face)
     assert image.size == (64, 64) and image.mode == "L" and np.asarray(image).max() > 200
     assert ink(image) == pytest.approx((middle, middle), abs=1)
-    assert ink(glyphs.draw(code, face, shift=(5, -3))) == pytest.approx((middle + 5, middle - 3), abs=1)
-    assert ink(glyphs.draw(code, face, degrees=6)) == pytest.approx((middle, middle), abs=2)
-    larger, sides = glyphs.draw(code, face, scale=1.3).getbbox(), image.getbbox()
+    assert ink(draw.draw_glyph(code, face, shift=(5, -3))) == pytest.approx((middle + 5, middle - 3), abs=1)
+    assert ink(draw.draw_glyph(code, face, degrees=6)) == pytest.approx((middle, middle), abs=2)
+    larger, sides = draw.draw_glyph(code, face, scale=1.3).getbbox(), image.getbbox()
     assert larger[3] - larger[1] == pytest.approx(1.3 * (sides[3] - sides[1]), rel=0.15)
 
 
-def test_variety_is_set_by_the_random_numbers():
-    pictures = [glyphs.varied(0x41, "DejaVuSans", random.Random(seed)).tobytes() for seed in (0, 0, 1)]
-    assert pictures[0] == pictures[1] != pictures[2]
+def test_variation_depends_on_the_random_generator_only():
+    images = [draw.draw_varied(0x41, "DejaVuSans", random.Random(seed)).tobytes() for seed in (0, 0, 1)]
+    assert images[0] == images[1] != images[2]
 
 
 def test_the_two_sets_share_no_block_and_no_code_point():
-    assert CHOSEN.keys() == glyphs.BLOCKS.keys() == {"base", "new"}
+    assert CHOSEN.keys() == draw.BLOCKS.keys() == {"base", "new"}
     codes = {which: sum(blocks.values(), []) for which, blocks in CHOSEN.items()}
     assert not CHOSEN["base"].keys() & CHOSEN["new"].keys()
     assert len(codes["base"] + codes["new"]) == len(set(codes["base"] + codes["new"])) > 400
     for which, blocks in CHOSEN.items():
-        assert blocks.keys() == glyphs.BLOCKS[which].keys()
+        assert blocks.keys() == draw.BLOCKS[which].keys()
         for block, found in blocks.items():
-            first, last, most = glyphs.BLOCKS[which][block]
+            first, last, most = draw.BLOCKS[which][block]
             assert found == sorted(found) and first <= found[0] and found[-1] <= last and len(found) <= most
-    # every class is drawn by faces that are trained on and by one that is held out
+    # every class has enough training faces and at least one held-out face
     for code in codes["base"] + codes["new"]:
-        held_out = set(glyphs.faces_of()[code]) & set(glyphs.HELD_OUT)
-        assert held_out and len(glyphs.faces_of()[code]) - len(held_out) >= glyphs.MIN_FACES - len(glyphs.HELD_OUT)
+        held_out = set(draw.faces_by_code()[code]) & set(draw.HELD_OUT)
+        assert held_out and len(draw.faces_by_code()[code]) - len(held_out) >= draw.MIN_FACES - len(draw.HELD_OUT)
 
 
-def test_look_alikes_differ_less_than_others():
-    a, alpha, b = map(glyphs.portrait, (0x41, 0x391, 0x42))  # Latin A, Greek Alpha, Latin B
-    assert glyphs.difference(a, a) == 0
-    assert glyphs.difference(a, alpha) < glyphs.LOOK_ALIKE < glyphs.difference(a, b) <= 1
+def test_look_alikes_differ_less_than_other_glyphs():
+    a, alpha, b = map(draw.portrait, (0x41, 0x391, 0x42))  # Latin A, Greek Alpha, Latin B
+    assert draw.difference(a, a) == 0
+    assert draw.difference(a, alpha) < draw.LOOK_ALIKE < draw.difference(a, b) <= 1
 
 
 @pytest.mark.parametrize("faces", ["train", "held-out"])
-def test_the_folder(faces, six, command):
+def test_folder_of_images(faces, six, command):
     flags = "--out", six, "--faces", faces, "--per-class", 5
-    result = command(glyphs.main, *flags)
+    result = command(draw.main, *flags)
     assert result.code == 0 and "6 classes x 5 images" in result.out
     files = sorted(six.rglob("*.png"))
     assert len(files) == 30
     names = {file.stem.split("_", 1)[1] for file in files}
-    assert names <= set(glyphs.FACES) and {name in glyphs.HELD_OUT for name in names} == {faces == "held-out"}
+    assert names <= set(draw.FACES) and {name in draw.HELD_OUT for name in names} == {faces == "held-out"}
     found = Hierarchy.load(six)
     assert found.superclasses == ("Armenian", "Basic_Latin") and found.parents.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.classes[3] == "0041_LATIN_CAPITAL_LETTER_A"
     before = tree(six)
-    assert command(glyphs.main, *flags[:1], f"{six}2", *flags[2:]).code == 0
+    assert command(draw.main, *flags[:1], f"{six}2", *flags[2:]).code == 0
     again = tree(f"{six}2")
-    assert list(before.values()) == list(again.values())  # the arguments alone set the images
-    result = command(glyphs.main, *flags)
+    assert list(before.values()) == list(again.values())  # the images depend on the arguments only
+    result = command(draw.main, *flags)
     assert result.code == 2 and result.err.count("\n") == 1 and f"{six} is not empty" in result.err
     assert tree(six) == before
 
 
-def test_the_reader_reads_and_cannot_guess(six, monkeypatch):
-    monkeypatch.setattr(read_glyphs, "STEPS", 60)
-    monkeypatch.setattr(read_glyphs, "BATCH", 32)
+def test_the_reader_learns_from_labels_and_not_from_shuffled_ones(six, monkeypatch):
+    monkeypatch.setattr(read, "STEPS", 60)
+    monkeypatch.setattr(read, "BATCH", 32)
     for faces, per_class in (("train", 24), ("held-out", 12)):
-        glyphs.write(six / faces, "new", faces == "held-out", per_class, seed=0)
+        draw.write_images(six / faces, "new", faces == "held-out", per_class, seed=0)
     hierarchy = Hierarchy.load(six / "train")
-    images, labels = read_glyphs.load(six / "train", hierarchy)
+    images, labels = read.load_images(six / "train", hierarchy)
     assert images.shape == (144, 3, 64, 64) and images.dtype == torch.uint8
-    others, theirs = read_glyphs.load(six / "held-out", hierarchy)
-    features, reader = read_glyphs.train(images, labels, 6)
-    shares = read_glyphs.shares(read_glyphs.apply(reader, others), theirs, hierarchy.parents)
+    others, theirs = read.load_images(six / "held-out", hierarchy)
+    features, reader = read.train_reader(images, labels, 6)
+    shares = read.accuracies(read.run_network(reader, others), theirs, hierarchy.parents)
     assert len(others) == 72 and shares["superclass"] >= shares["class"] > 0.95
-    # as TorchScript, for evaluate.py, it is the same
+    # the TorchScript files for evaluate.py compute the same
     for net, name, size in ((reader, "reader", 6), (features, "features", 64)):
-        read_glyphs.save_script(net, six / f"{name}.pt")
+        read.save_script(net, six / f"{name}.pt")
         out = torch.jit.load(six / f"{name}.pt")(others)
-        assert out.shape == (72, size) and torch.allclose(out, read_glyphs.apply(net, others), atol=1e-5)
+        assert out.shape == (72, size) and torch.allclose(out, read.run_network(net, others), atol=1e-5)
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    _, reader = read_glyphs.train(images, shuffled, 6)
-    assert read_glyphs.shares(read_glyphs.apply(reader, others), theirs, hierarchy.parents)["class"] < 0.4
+    _, reader = read.train_reader(images, shuffled, 6)
+    assert read.accuracies(read.run_network(reader, others), theirs, hierarchy.parents)["class"] < 0.4

@@ -1,12 +1,12 @@
-"""The comparison of methods, end to end on six glyphs and two steps; what it finds at full length is no business of tests."""
+"""The study of methods, end to end on six glyphs and two steps; its results at full length are not tested."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from helpers.tiny_models import make
 
-from examples.glyphs import draw as glyphs
-from examples.glyphs import read as read_glyphs
-from examples.glyphs import study
+from examples.glyphs import draw, read, study
 from hierarchy import Hierarchy
 
 SIX = {"Basic Latin": [0x41, 0x42, 0x53], "Armenian": [0x531, 0x537, 0x556]}
@@ -19,24 +19,47 @@ TRAIN = (
 
 def test_shuffled_superclasses_keep_their_sizes():
     hierarchy = Hierarchy.load("inat2021")
-    other = study.shuffled(hierarchy)
+    other = study.shuffle_superclasses(hierarchy, 0)
     assert other.parents.bincount().equal(hierarchy.parents.bincount()) and other.classes == hierarchy.classes
     assert (other.parents == hierarchy.parents).float().mean() < 0.4
-    assert other == study.shuffled(hierarchy)
+    assert other == study.shuffle_superclasses(hierarchy, 0) != study.shuffle_superclasses(hierarchy, 1)
+
+
+def test_each_seed_has_its_own_shuffled_superclasses(tmp_path, monkeypatch):
+    """They are encoded and trained on; the other methods share the true ones."""
+    classes = Hierarchy([*"abcdef"], ["x", "y"], [0, 0, 0, 1, 1, 1])
+    encoded, trained = {}, {}
+
+    def run(*command):
+        flags = dict(zip(command, command[1:]))
+        if command[0] == "train.py":
+            trained[flags["--experiment"]] = flags["--latents"]
+            make(tmp_path / "runs", f"{flags['--experiment']}/adapters/0000002.safetensors")
+        else:
+            encoded[flags["--out"]] = Hierarchy.load(flags["--hierarchy"]) if "--hierarchy" in flags else classes
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "METHODS", {study.SHUFFLED: [], "bitfit": []})
+    args = SimpleNamespace(seeds=[3, 4, 5], data=tmp_path, out=tmp_path, train="", jobs=1)
+    assert len(study.train_all(args, classes)) == 6
+    assert {encoded[trained[f"bitfit-{seed}"]] for seed in args.seeds} == {classes}
+    for seed in args.seeds:
+        assert encoded[trained[f"finediffusion-shuffled-{seed}"]] == study.shuffle_superclasses(classes, seed)
+    assert len({tuple(each.parents.tolist()) for each in encoded.values()}) == 4  # three assignments and the true one
 
 
 def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs, "CLASSES_FILE", tmp_path / "glyphs.json")
+    monkeypatch.setattr(draw, "CLASSES_FILE", tmp_path / "glyphs.json")
     (tmp_path / "glyphs.json").write_text(json.dumps({"base": SIX, "new": SIX}))
     for faces, per_class in (("train", 4), ("held-out", 12)):
-        glyphs.write(tmp_path / "data" / faces, "new", faces == "held-out", per_class, seed=0)
+        draw.write_images(tmp_path / "data" / faces, "new", faces == "held-out", per_class, seed=0)
     for name, value in {
         "SCALES": (1.0, 2.0),
         "STEPS": 2,
         "METHODS": {study.SHUFFLED: [], "bitfit": ["--method", "bitfit"]},
     }.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(read_glyphs, "STEPS", 5)
+    monkeypatch.setattr(read, "STEPS", 5)
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--train", TRAIN, "--seeds", 0, "--per-class", 2]
     result = command(study.main, *flags)
     assert result.code == 0, result.err
@@ -51,11 +74,13 @@ def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
         for value in row["distance"]
     )
     assert f"| {study.SHUFFLED} |" in (tmp_path / "out/study.md").read_text()
-    # the control was trained under other superclasses
+    # the control was trained with the shuffled superclasses
     folder = tmp_path / "out/runs/finediffusion-shuffled-0"
     description = study.load_adapted(max((folder / "adapters").glob("*")))[1]
-    assert description.hierarchy.parents.equal(study.shuffled(Hierarchy.load(tmp_path / "data/train")).parents)
-    # once more: nothing is trained or sampled again
+    assert description.hierarchy.parents.equal(
+        study.shuffle_superclasses(Hierarchy.load(tmp_path / "data/train"), 0).parents
+    )
+    # run again: nothing is trained or sampled twice
     monkeypatch.setattr(study, "sample", None)
     before = (tmp_path / "out/study.md").read_text()
     assert command(study.main, *flags).code == 0 and (tmp_path / "out/study.md").read_text() == before
