@@ -4,8 +4,8 @@
 
 `make study` runs it with the data and settings of the quick start. FineDiffusion is guided by superclasses, a method
 with a null row by that row. There are two controls: the parameters of FineDiffusion with a null row instead of
-superclasses, and FineDiffusion with superclasses assigned at random for each seed. The same command resumes an interrupted study.
-Writes study.json and study.md.
+superclasses, and FineDiffusion with superclasses assigned at random for each seed. The same command resumes an
+interrupted study. Writes study.json and study.md.
 """
 
 import argparse
