@@ -1,4 +1,4 @@
-"""Sampling at scale: the same pictures from any batch, processes and interruptions; exactly N of them; the files."""
+"""sample_ddp.py: the same images for any batch size, processes and interruptions; exactly N of them; the files."""
 
 import random
 import shutil
@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: F401  slow: forked processes find them
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: F401  slow to import: forks have them
 from helpers import sampling_runs
 from helpers.sampling_runs import NAMES, files
 from hypothesis import given, settings
@@ -31,11 +31,11 @@ def opened(path):
         return archive["arr_0"], archive["arr_1"]
 
 
-# ---- the same pictures ------------------------------------------------------------------------------------------------
+# ---- the same images -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_same_bytes_from_any_batch_processes_and_interruption(sampler, run, tmp_path):
+def test_the_same_bytes_for_any_batch_size_processes_and_interruption(sampler, run, tmp_path):
     flags = "--sampler", sampler, "--cfg-scale", 2
     assert run("reference", *flags, "--per-proc-batch-size", 1) == 0
     reference = files(tmp_path, "reference")
@@ -50,7 +50,7 @@ def test_the_same_bytes_from_any_batch_processes_and_interruption(sampler, run, 
         assert files(tmp_path, name) == reference
 
 
-def test_other_settings_are_other_pictures(here, tmp_path):
+def test_other_settings_give_other_images(here, tmp_path):
     flags = {"a": [], "b": ["--global-seed", 1], "c": ["--cfg-scale", 1], "d": ["--num-sampling-steps", 4]}
     flags |= {"e": ["--guidance", "random-class"], "f": ["--labels", "random"], "g": ["--mixed-precision", "bf16"]}
     assert all(here(name, *more, "--format", "npz").code == 0 for name, more in flags.items())
@@ -71,8 +71,8 @@ def damage(kind, path):
 
 
 @pytest.mark.reliability("R8", "sample_ddp.py on 1 to 4 processes, killed at operations of files, with damaged files")
-def test_kills_and_damages_leave_no_trace(run, tmp_path, cases, figure):
-    """37 images on 1 to 4 processes, deaths at an operation of a file, 5 damaged files: identical files, exactly N."""
+def test_kills_and_damage_leave_no_trace(run, tmp_path, cases, figure):
+    """37 images on 1 to 4 processes, kills at file operations, 5 damaged files: identical files, exactly N."""
     many = "--num-fid-samples", 37, "--num-sampling-steps", 2
     assert run("reference", *many) == 0
     reference, draw = files(tmp_path, "reference"), random.Random(0)
@@ -84,9 +84,9 @@ def test_kills_and_damages_leave_no_trace(run, tmp_path, cases, figure):
         assert code in (0, -signal.SIGKILL)
         deaths, lives = deaths + (code != 0), lives + 1
         found = files(tmp_path, "tried")
-        for path in found:  # what is there under its name is whole
+        for path in found:  # a file under its final name is complete
             assert path not in reference or found[path] == reference[path]
-        if code == 0:  # done before that operation: once more from the beginning
+        if code == 0:  # finished before that operation: start again
             assert found == reference
             (tmp_path / "tried.npz").unlink()
             shutil.rmtree(tmp_path / "tried")
@@ -97,12 +97,14 @@ def test_kills_and_damages_leave_no_trace(run, tmp_path, cases, figure):
         damage(kind, path)
     assert run("tried", *many, world=2) == 0
     said = (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
-    assert all(f"{path} is damaged and will be sampled again." in said for path in damaged) and said.count("damaged") == 5
+    assert (
+        all(f"{path} is damaged and will be sampled again." in said for path in damaged) and said.count("damaged") == 5
+    )
     assert files(tmp_path, "tried") == reference
     figure(f"{deaths} kills in {lives} lives, 5 damaged files: 37 identical PNGs and the npz")
 
 
-def test_a_finished_run_is_looked_at_and_left(here, tmp_path, monkeypatch):
+def test_a_finished_run_is_checked_and_not_changed(here, tmp_path, monkeypatch):
     assert here("x").code == 0
     before, times = files(tmp_path, "x"), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     monkeypatch.setattr(sample_ddp, "sample_keyed", None)  # nothing is sampled
@@ -113,7 +115,7 @@ def test_a_finished_run_is_looked_at_and_left(here, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bit", "cut", "empty", "html"])
-def test_a_damaged_npz_is_made_again(kind, here, tmp_path):
+def test_a_damaged_npz_is_replaced(kind, here, tmp_path):
     assert here("x").code == 0
     before = files(tmp_path, "x")
     damage(kind, tmp_path / "x.npz")
@@ -122,7 +124,7 @@ def test_a_damaged_npz_is_made_again(kind, here, tmp_path):
     assert files(tmp_path, "x") == before
 
 
-def test_a_damaged_row_is_made_again(here, tmp_path, monkeypatch):
+def test_a_damaged_row_is_replaced(here, tmp_path, monkeypatch):
     assert here("x").code == 0
     before = files(tmp_path, "x")
     shutil.rmtree(tmp_path / "x")
@@ -138,7 +140,7 @@ def test_a_damaged_row_is_made_again(here, tmp_path, monkeypatch):
     assert files(tmp_path, "x") == before
 
 
-# ---- which pictures ---------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 3000), st.integers(1, 500))
@@ -148,12 +150,14 @@ def test_balanced_labels_differ_by_one_at_most(count, classes):
     assert labels.shape == (count,) and labels.min() >= 0 and labels.max() < classes
     counts = np.bincount(labels, minlength=classes)
     assert counts.max() - counts.min() <= 1
-    assert np.array_equal(labels, balanced_labels(count + 7, classes)[:count])  # image k's class is of no other number
-    assert len(set(labels[:classes])) == min(count, classes)  # a class comes again when all have been
+    assert np.array_equal(
+        labels, balanced_labels(count + 7, classes)[:count]
+    )  # the class of image k depends on k alone
+    assert len(set(labels[:classes])) == min(count, classes)  # no class repeats before every class has appeared
 
 
 def test_balanced_labels_show_each_superclass_in_its_share():
-    """Of iNaturalist, whose superclasses are ranges of classes: any 1,000 images of a run, within 6 of the share."""
+    """Any 1,000 consecutive images of iNaturalist, whose superclasses are ranges of classes: within 6 of the share."""
     parents = Hierarchy.load("inat2021").parents.numpy()
     labels = parents[balanced_labels(20_000, 10_000)]
     share = np.bincount(parents) / 10
@@ -161,7 +165,7 @@ def test_balanced_labels_show_each_superclass_in_its_share():
         assert abs(np.bincount(labels[first : first + 1000], minlength=11) - share).max() < 6
 
 
-def test_random_labels_are_uniform_and_set_by_seed_and_number():
+def test_random_labels_are_uniform_and_depend_on_seed_and_number():
     labels = random_labels(5000, 10, seed=3)
     assert np.array_equal(labels[:40], random_labels(40, 10, seed=3))
     assert not np.array_equal(labels, random_labels(5000, 10, seed=4))
@@ -171,17 +175,17 @@ def test_random_labels_are_uniform_and_set_by_seed_and_number():
 
 @given(st.integers(1, 400), st.integers(1, 16))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_each_picture_belongs_to_one_process(tmp_path_factory, count, world):
+def test_each_image_belongs_to_one_process(tmp_path_factory, count, world):
     store = Store(tmp_path_factory.getbasetemp() / "absent", np.zeros(count), ["a"], 4, "png")
     shares = [store.missing(rank, world) for rank in range(world)]
     assert sorted(sum(shares, [])) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# ---- the files --------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_pngs_by_class_and_the_npz_of_adm(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "open", None)  # no PNG is read back
+    monkeypatch.setattr(Image, "open", None)  # no PNG is read
     assert here("x").code == 0
     monkeypatch.undo()
     pixels, labels = opened(tmp_path / "x.npz")
@@ -194,17 +198,17 @@ def test_pngs_by_class_and_the_npz_of_adm(here, tmp_path, monkeypatch):
     assert pixels.std() > 10 and len({image.tobytes() for image in pixels}) == 11
 
 
-@pytest.mark.parametrize("form, there", [("png", {"png"}), ("npz", {"npz"})])
-def test_one_form_alone(form, there, here, tmp_path):
+@pytest.mark.parametrize("form, expected", [("png", {"png"}), ("npz", {"npz"})])
+def test_one_format_alone(form, expected, here, tmp_path):
     result = here("x", "--format", form)
     assert result.code == 0 and result.out == f"11 images in {tmp_path}/x{'.npz' * (form == 'npz')}\n"
     suffixes = {path.split(".")[-1] for path in files(tmp_path, "x")} - {"json"}
-    assert suffixes == there
+    assert suffixes == expected
     assert len(list((tmp_path / "x").rglob("*.png"))) == 11 * (form == "png")
 
 
 def test_the_npz_is_not_held_in_memory(tmp_path):
-    """100 MB of pixels, written and closed up with 8 MB at most."""
+    """100 MB of pixels are written with at most 8 MB of memory."""
     import tracemalloc
 
     store = Store(tmp_path / "x", np.zeros(128), ["a"], 512, "npz")
@@ -220,25 +224,27 @@ def test_the_npz_is_not_held_in_memory(tmp_path):
         assert archive["arr_0"][:, 0, 0, 0].tolist() == list(range(128))
 
 
-def test_any_damage_to_a_png_is_seen(tmp_path, capsys):
-    """Each single bit, and each length it can be cut to."""
+def test_any_damage_to_a_png_is_found(tmp_path, capsys):
+    """Flip each bit, and cut the file to each length."""
     store = Store(tmp_path / "x", [0], ["a"], 4, "png")
     store.write(0, np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8))
     path = store.png.path(0)
-    whole = path.read_bytes()
-    broken = [whole[:length] for length in range(len(whole))]
-    broken += [(int.from_bytes(whole, "big") ^ 1 << bit).to_bytes(len(whole), "big") for bit in range(8 * len(whole))]
+    intact = path.read_bytes()
+    broken = [intact[:length] for length in range(len(intact))]
+    broken += [
+        (int.from_bytes(intact, "big") ^ 1 << bit).to_bytes(len(intact), "big") for bit in range(8 * len(intact))
+    ]
     other = Store(tmp_path / "y", [0], ["a"], 8, "png")
     other.write(0, np.zeros((8, 8, 3), np.uint8))
     for content in (*broken, other.png.path(0).read_bytes()):
         path.write_bytes(content)
         assert store.missing() == [0]
     assert capsys.readouterr().err.count(f"{path} is damaged and will be sampled again.\n") == len(broken) + 1
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     assert store.missing() == [] and not capsys.readouterr().err
 
 
-def test_the_name_tells_model_checkpoint_and_settings(command, adapter, tmp_path, monkeypatch):
+def test_the_default_name_holds_model_checkpoint_and_settings(command, adapter, tmp_path, monkeypatch):
     run = tmp_path / "pets/adapters"
     run.mkdir(parents=True)
     shutil.copy(adapter, run / "0000007.safetensors")
@@ -252,10 +258,10 @@ def test_the_name_tells_model_checkpoint_and_settings(command, adapter, tmp_path
     ]
 
 
-# ---- threads that write -----------------------------------------------------------------------------------------------
+# ---- writer threads ------------------------------------------------------------------------------
 
 
-def test_writing_is_not_waited_for_up_to_a_depth():
+def test_put_does_not_wait_up_to_a_depth():
     release, written = [], []
 
     def write(k):
@@ -265,7 +271,7 @@ def test_writing_is_not_waited_for_up_to_a_depth():
 
     with Writer(write, threads=2, depth=4) as writer:
         for k in range(4):
-            writer.put(k)  # at once, although nothing is written
+            writer.put(k)  # returns although nothing is written
         assert not written
         release.append(True)
         for k in range(4, 20):
@@ -274,7 +280,7 @@ def test_writing_is_not_waited_for_up_to_a_depth():
     assert sorted(written) == list(range(20))
 
 
-def test_what_fails_in_a_thread_stops_the_run(here, tmp_path, monkeypatch):
+def test_an_error_in_a_thread_stops_the_run(here, tmp_path, monkeypatch):
     real, full = Store.write, OSError(28, "No space left on device", str(tmp_path / "x/rows"))
 
     def fails(self, k, pixels):
@@ -290,7 +296,7 @@ def test_what_fails_in_a_thread_stops_the_run(here, tmp_path, monkeypatch):
     assert here("x").code == 0
 
 
-def test_labels_in_every_folder(here, tmp_path):
+def test_random_labels_in_folders_and_npz(here, tmp_path):
     assert here("x", "--labels", "random").code == 0
     _, labels = opened(tmp_path / "x.npz")
     found = Counter(path.parent.name for path in (tmp_path / "x").rglob("*.png"))

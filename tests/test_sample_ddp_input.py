@@ -1,4 +1,4 @@
-"""What sample_ddp.py refuses, before the first sample where it can: flags, folders of others, too small a disk, NaN."""
+"""Input that sample_ddp.py refuses, if possible before the first sample: flags, foreign folders, a full disk, NaN."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_more_processes_than_images(run, tmp_path):
     assert run("x", "--num-fid-samples", 2, world=3) == 2
     words = "3 processes are more than --num-fid-samples 2: start as many as there are images, or fewer."
     said = [(tmp_path / f"err{rank}").read_text() for rank in range(3)]
-    for text in filter(None, said):  # one that was killed by the launcher may have said nothing
+    for text in filter(None, said):  # a process that the launcher killed may have printed nothing
         refused(SimpleNamespace(code=2, err=text), words)
     assert any(said)
     assert not (tmp_path / "x").exists()
@@ -68,7 +68,7 @@ def test_a_refusal_reaches_every_process(run, tmp_path):
 
 
 @pytest.mark.reliability(*ROW)
-def test_a_folder_of_other_settings_is_refused_with_the_differences(here, adapter, tmp_path):
+def test_a_folder_with_other_settings_is_refused_and_the_differences_named(here, adapter, tmp_path):
     assert here("x").code == 0
     before = tree(tmp_path)
     refused(here("x", "--global-seed", 1, "--cfg-scale", 2), "cfg_scale 4.0, here 2.0; global_seed 0, here 1)")
@@ -107,8 +107,15 @@ def test_two_launches_into_one_folder(here, tmp_path):
     assert here("x").code == 0
 
 
+def test_the_lock_file_of_a_killed_launch_is_not_foreign(here, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/.lock").touch()  # killed before it wrote settings.json
+    assert here("x").code == 0
+    assert not (tmp_path / "x/.lock").exists()
+
+
 @pytest.mark.reliability(*ROW)
-def test_a_disk_that_is_too_small_is_said_before_the_first_sample(here, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_the_first_sample(here, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_ddp, "sample_keyed", None)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 11 * 8 * 8 * 3 - 1))
     before = tree(tmp_path)
@@ -122,8 +129,8 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_sample(here, tmp_path
     assert here("x", "--format", "npz").code == 0
 
 
-def test_room_is_what_is_still_to_be_written(tmp_path, monkeypatch):
-    """100,000 images of 256 pixels: 19.7 GB of rows, as much for the npz beside them."""
+def test_the_room_needed_is_that_of_the_files_still_to_be_written(tmp_path, monkeypatch):
+    """100,000 images of 256 pixels: 19.7 GB of rows, and as much for the npz beside them."""
     asked = []
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=39.3e9))
     with pytest.raises(ValueError, match="needs about 39.3 GB more and has 39.3 GB free"):
@@ -155,7 +162,7 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(value, here, tmp_p
 
 
 @pytest.mark.reliability(*ODD)
-def test_a_number_that_does_not_divide_and_a_cut_png(run, tmp_path):
+def test_a_number_of_images_that_does_not_divide_and_a_cut_png(run, tmp_path):
     assert run("x", world=3) == 0
     before = files(tmp_path, "x")
     assert sum(name.endswith(".png") for name in before) == 11

@@ -1,4 +1,4 @@
-"""From labels to latents: a noise stream for each image, the official stream, the samplers, and pixels."""
+"""Sampling: a noise stream for each image, the official stream, the samplers, and pixels."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def dit():
 
 
 class Rowwise:
-    """A model that treats every number by itself, so that nothing but the sampling could mix images."""
+    """An elementwise model: only the sampling could mix images."""
 
     in_channels, input_size, pos_embed = 4, 8, torch.zeros(1)
     y_embedder = TieredEmbedder(5, 2, 8, parents=PARENTS)
@@ -55,10 +55,10 @@ def in_batches(model, size, **options):
     return torch.cat([sample_latents(model, LABELS[p], POSITIONS[p], **OPTIONS | options) for p in parts])
 
 
-# ---- a stream for each image ------------------------------------------------------------------------------------------
+# ---- a stream for each image ---------------------------------------------------------------------
 
 
-def test_a_stream_is_set_by_its_key():
+def test_a_stream_depends_on_its_key_alone():
     keys = [(seed, k) for seed in (0, 1, 12) for k in range(40)] + [(1, 2, 0), (12, 0, 0), (0, 1, 2, 3)]
     first = {key: draw_noise([noise_stream(*key)], (3,)) for key in keys}
     assert len({tuple(numbers.flatten().tolist()) for numbers in first.values()}) == len(keys)
@@ -67,14 +67,14 @@ def test_a_stream_is_set_by_its_key():
 
 
 def test_a_stream_is_the_same_on_every_machine():
-    """The first numbers of two streams: they stay, or pictures of old runs could not be continued."""
+    """The first numbers of two streams must not change, or old runs could not be resumed."""
     numbers = draw_noise([noise_stream(0, 0), noise_stream(0, 1)], (3,))
     expected = [[-0.6100490093, 0.5933892131, -0.8884311318], [0.4542818666, -0.4073708653, 0.7411154509]]
     assert_close(numbers, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
-def test_no_two_of_many_streams_are_keyed_alike(monkeypatch):
-    """In 32 bits about 29 pairs of 500,000 would be; here all 128 reach the generator."""
+def test_streams_have_different_keys(monkeypatch):
+    """With 32 bits, about 29 pairs of 500,000 keys would collide; here all 128 bits reach the generator."""
     seen = []
     monkeypatch.setattr(np.random, "Philox", lambda key: seen.append(key) or np.random.PCG64(0))
     for k in range(2000):
@@ -84,11 +84,11 @@ def test_no_two_of_many_streams_are_keyed_alike(monkeypatch):
         assert len({key >> bits & 255 for key in seen}) > 200
 
 
-def test_the_draws_are_standard_normal_and_go_on():
+def test_the_draws_are_standard_normal_and_differ():
     fifty = [noise_stream(0, k) for k in range(50)]
     first, second = draw_noise(fifty, (4, 8, 8)), draw_noise(fifty, (4, 8, 8))
     assert first.shape == (50, 4, 8, 8) and first.dtype == torch.float32 and not first.equal(second)
-    for numbers in (first, second, first * second):  # independent: the product has spread 1 too
+    for numbers in (first, second, first * second):  # if independent, the product has standard deviation 1 too
         assert abs(numbers.mean()) < 0.03 and abs(numbers.std() - 1) < 0.03  # standard error of the mean 0.009
     neighbours = (first[:-1] * first[1:]).mean()  # of neighbouring keys
     assert abs(neighbours) < 0.03
@@ -96,16 +96,16 @@ def test_the_draws_are_standard_normal_and_go_on():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("size", [1, 3])
-def test_the_sampling_mixes_no_images(size, sampler):
+def test_sampling_does_not_mix_images(size, sampler):
     assert in_batches(Rowwise(), size, sampler=sampler).equal(in_batches(Rowwise(), 7, sampler=sampler))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("size", [1, 3])
 def test_an_image_does_not_depend_on_its_batch(dit, size, sampler):
-    """But for the order in which a matrix product sums, which the number of rows decides: 3e-7 of the largest number."""
-    whole = in_batches(dit, 7, sampler=sampler)
-    assert_close(in_batches(dit, size, sampler=sampler), whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+    """Except for rounding errors of matrix products, which depend on the number of rows: 3e-7 of the largest value."""
+    together = in_batches(dit, 7, sampler=sampler)
+    assert_close(in_batches(dit, size, sampler=sampler), together, rtol=0, atol=1e-6 * together.abs().max().item())
 
 
 def test_an_image_depends_on_seed_class_and_position(dit):
@@ -119,7 +119,7 @@ def test_an_image_depends_on_seed_class_and_position(dit):
     assert one().equal(images[0])
 
 
-def test_the_global_stream_is_neither_read_nor_moved(dit):
+def test_the_global_random_state_is_neither_read_nor_changed(dit):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = in_batches(dit, 7)
@@ -129,16 +129,16 @@ def test_the_global_stream_is_neither_read_nor_moved(dit):
 
 
 @pytest.mark.parametrize("form", [tuple, np.array, torch.tensor])
-def test_labels_in_any_form(form):
+def test_labels_of_any_type(form):
     expected = in_batches(Rowwise(), 7)
     assert sample_latents(Rowwise(), form(LABELS), form(POSITIONS), **OPTIONS).equal(expected)
 
 
-# ---- samplers ---------------------------------------------------------------------------------------------------------
+# ---- samplers ------------------------------------------------------------------------------------
 
 
 def ancestral(model, x, y, noises, **options):
-    """DDPM written out: x <- mean + sigma z, without noise in the last step."""
+    """Compute DDPM step by step: x <- mean + sigma z, without noise in the last step."""
     diffusion = create_diffusion(str(OPTIONS["steps"]))
     for i in reversed(range(OPTIONS["steps"])):
         t, noise = torch.full((len(x),), i), next(noises)
@@ -148,7 +148,7 @@ def ancestral(model, x, y, noises, **options):
 
 
 @torch.no_grad()
-def test_the_official_stream_is_one_for_both_halves(dit):
+def test_the_official_stream_covers_both_halves(dit):
     labels = torch.tensor([3, 0, 0])
     torch.manual_seed(11)
     z = torch.randn(3, 4, 8, 8)
@@ -161,9 +161,9 @@ def test_the_official_stream_is_one_for_both_halves(dit):
 
 
 @torch.no_grad()
-def test_ddpm_draws_the_start_and_every_step_but_the_last(dit):
+def test_ddpm_draws_initial_noise_and_that_of_every_step_but_the_last(dit):
     ours = streams()
-    noises = [draw_noise(ours, (4, 8, 8)) for _ in range(OPTIONS["steps"])]  # the start, and 5 steps
+    noises = [draw_noise(ours, (4, 8, 8)) for _ in range(OPTIONS["steps"])]  # initial noise, and 5 steps
     steps = iter([*noises[1:], None])
     expected = ancestral(lambda x, t, y: dit(x, t, y), noises[0], torch.tensor(LABELS), steps)
     ours = in_batches(dit, 7, cfg_scale=1)
@@ -171,14 +171,14 @@ def test_ddpm_draws_the_start_and_every_step_but_the_last(dit):
 
 
 @pytest.mark.parametrize("sampler, draws", [("ddpm", OPTIONS["steps"]), ("ddim", 1), ("dpm++", 1), ("unipc", 1)])
-def test_all_but_ddpm_draw_the_start_alone(sampler, draws, monkeypatch):
+def test_all_but_ddpm_draw_initial_noise_alone(sampler, draws, monkeypatch):
     calls = []
     monkeypatch.setattr(samplers, "draw_noise", lambda *arguments: calls.append(1) or draw_noise(*arguments))
     in_batches(Rowwise(), 7, sampler=sampler)
     assert len(calls) == draws
 
 
-def test_ddim_is_the_diffusions(dit):
+def test_ddim_is_that_of_the_diffusion_package(dit):
     z = draw_noise(streams(), (4, 8, 8))
     loop = create_diffusion(str(OPTIONS["steps"])).ddim_sample_loop
     expected = loop(dit, z.shape, z, clip_denoised=False, model_kwargs=dict(y=torch.tensor(LABELS)), eta=0.0)
@@ -186,25 +186,25 @@ def test_ddim_is_the_diffusions(dit):
     assert not in_batches(dit, 7, sampler="ddpm", cfg_scale=1).equal(expected)
 
 
-# ---- solvers: a Gaussian of variance SPREAD, of which the exact prediction and the exact solution are known ------------
+# ---- solvers, on a Gaussian with known prediction and solution -----------------------------------
 
-SPREAD = torch.tensor([0.3, 1.0, 2.0]).view(1, 3, 1, 1)  # of the three channels
+SPREAD = torch.tensor([0.3, 1.0, 2.0]).view(1, 3, 1, 1)  # variances of the three channels of x_0
 ALPHA_BARS = torch.from_numpy(create_diffusion("").alphas_cumprod)
 
 
 def variance(alpha_bar):
-    """Of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+    """Return the variance of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
     return alpha_bar * SPREAD + 1 - alpha_bar
 
 
 def exact(x, t):
-    """E[noise | x_t], and a variance that no solver may look at."""
+    """Return E[noise | x_t], and a NaN variance that no solver may read."""
     alpha_bar = ALPHA_BARS[t].view(-1, 1, 1, 1)
     return torch.cat([x * (1 - alpha_bar).sqrt() / variance(alpha_bar), torch.full_like(x, torch.nan)], 1).float()
 
 
 def error(sampler, steps):
-    """Of the solution of the probability flow (arXiv 2011.13456, eq. 13) to x_0, relative: it scales each channel."""
+    """Return the relative error of x_0; the probability flow (arXiv 2011.13456, eq. 13) scales each channel."""
     z = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     solution = z * (SPREAD / variance(ALPHA_BARS[999])).sqrt()
     found = run_sampler(exact, lambda: z, sampler, steps)
@@ -212,14 +212,14 @@ def error(sampler, steps):
 
 
 @pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
-def test_solvers_solve(sampler):
+def test_solvers_converge_in_the_second_order(sampler):
     errors = {steps: error(sampler, steps) for steps in (5, 10, 20, 40)}
     assert errors[40] < 2e-3 and errors[5] < 0.2
-    assert errors[20] < errors[10] / 3 and errors[40] < errors[20] / 3  # the second order
+    assert errors[20] < errors[10] / 3 and errors[40] < errors[20] / 3
     assert errors[20] < error("ddim", 20) / 4
 
 
-def test_ddim_solves_in_the_first_order():
+def test_ddim_converges_in_the_first_order():
     assert 1.5 < error("ddim", 100) / error("ddim", 200) < 2.5
 
 
@@ -246,7 +246,7 @@ def test_spacings_of_the_table_are_timesteps(steps):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_each_step_is_one_call_and_times_fall(sampler, steps):
+def test_each_step_is_one_call_and_timesteps_decrease(sampler, steps):
     times = []
 
     def predict(x, t):
@@ -267,12 +267,12 @@ def test_solver_timesteps():
         if steps > 1:
             evenly = np.linspace(999**0.5, 0, steps) ** 2
             wanted = np.where(evenly < np.arange(steps)[::-1], np.arange(steps)[::-1], evenly)
-            assert abs(times - wanted).max() <= 0.5  # even in the root, where there are enough timesteps for it
+            assert abs(times - wanted).max() <= 0.5  # evenly spaced in the root, if there are enough timesteps
     assert solver_timesteps(1000).tolist() == list(range(999, -1, -1))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_half_precision_is_the_networks_alone(dit, sampler):
+def test_only_the_network_computes_in_half_precision(dit, sampler):
     labels, keys = torch.tensor(LABELS), [(1, k) for k in range(7)]
     sample = partial(sample_keyed, dit, labels, keys, Guidance(scale=2.0), sampler=sampler, steps=4)
     seen = []
@@ -280,13 +280,13 @@ def test_half_precision_is_the_networks_alone(dit, sampler):
     half = sample(autocast=torch.bfloat16)
     hook.remove()
     assert set(seen) == {torch.bfloat16} and half.dtype == torch.float32
-    whole = sample()
-    assert 0 < (half - whole).abs().max() < 0.1 * whole.abs().max()
+    full = sample()
+    assert 0 < (half - full).abs().max() < 0.1 * full.abs().max()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_images_of_any_key_and_guidance(dit, sampler):
-    """What `sample_latents` is made of: keys of any length, here one whose image is drawn with another guidance."""
+    """`sample_keyed` takes keys of any length and any guidance; `sample_latents` is a case of it."""
     labels = torch.tensor(LABELS)
     sample = partial(sample_keyed, dit, labels, sampler=sampler, steps=4)
     keys = [(1, label, position) for label, position in zip(LABELS, POSITIONS)]
@@ -318,7 +318,7 @@ def test_sampling_leaves_the_model_as_it_was(dit, official):
     assert all(p.requires_grad and p.grad is None for name, p in dit.named_parameters() if name != "pos_embed")
 
 
-# ---- pixels -----------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 
 
 def test_pixels_are_rounded_and_clamped():
