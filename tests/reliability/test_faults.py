@@ -197,6 +197,12 @@ def strike(root, number, limit, deadly):
     at_operations(root, act)
 
 
+def state_written(saving):
+    """Return the number of the operation by which the state appears."""
+    names = [(name, "/states/" in path) for name, path, *_ in saving.operations]
+    return names.index(("os.rename", True))
+
+
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -211,7 +217,10 @@ def struck(run, saving, moment, world, deadly):
     assert deadly or -signal.SIGKILL not in codes.values()  # the others leave of themselves
     path, _, _ = latest_valid_state(list_states(folder), pytest.fail)
     assert path.stem in ("0000003", "0000006") or not worst(codes)
-    assert worst(run("struck", 8, world=world)) == 0 and not differences(folder, saving.expected[world]), moment
+    lost = {"0000006.png"} if moment[0] > state_written(saving) else set()  # a preview, which is drawn after the state
+    assert worst(run("struck", 8, world=world)) == 0 and set(differences(folder, saving.expected[world])) <= lost, (
+        moment
+    )
     assert not list(folder.rglob(".*"))  # what was half written is gone
     return codes, said
 
@@ -229,7 +238,7 @@ def test_each_operation_of_a_save_leaves_a_state(run, saving, figure):
         found = outcome(folder)
         finished = [name for name in found if not name.startswith("states")]
         assert all(found[name] in (saving.expected[1].get(name), before.get(name)) for name in finished)
-    assert steps == sorted(steps) and set(steps) == {3, 6} and steps.index(6) == len(names) - 5
+    assert steps == sorted(steps) and set(steps) == {3, 6} and steps.index(6) == state_written(saving) + 1
     figure(f"{len(names)} of {len(names)}")
 
 
@@ -260,8 +269,9 @@ def test_failing_in_a_save(run, saving, cases, figure):
     chosen = random.Random(1).sample(moments, min(len(moments), cases(2, full=len(moments))))
     for i, moment in enumerate(chosen):
         codes, said = struck(run, saving, moment, 1 + i % 2, deadly=False)
-        if codes[0] == 0:  # the folder to be made is there already
-            assert saving.operations[moment[0]][0] == "os.mkdir"
+        if codes[0] == 0:  # the folder to be made is there already, or a preview failed
+            log = (run.root / "struck/log.txt").read_text()
+            assert saving.operations[moment[0]][0] == "os.mkdir" or "The preview of step 6 failed" in log, moment
             continue
         assert codes[0] == 2 and said.strip().split("\n")[-1].startswith("train.py: "), (moment, codes, said[-2000:])
     figure(f"{len(chosen)} of {len(chosen)}, of {len(moments)} moments")
