@@ -1,4 +1,4 @@
-"""The figures of docs/reliability.md: tests marked with a row of it, in a short form and, with --torture, in full.
+"""Results for the rows of docs/reliability.md, from the tests marked with a row; --torture runs them in full.
 
     @pytest.mark.reliability("R3", "damaged files are detected")
     def test_...(cases, figure):
@@ -6,8 +6,8 @@
             ...
         figure(f"{found} of {count}")
 
-A row without a figure of its own counts its tests. Write --figures=FILE: where FILE is a word of its own and there is one,
-pytest takes it for tests, of which it reads the options before it knows these.
+A row whose tests report no result counts its tests. Write --figures=FILE with an equals sign: as a separate word, an
+existing FILE would be taken for a path of tests, since pytest looks for those before it reads these options.
 """
 
 import os
@@ -19,10 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.text import markdown_table
+
 
 def pytest_addoption(parser):
-    parser.addoption("--torture", action="store_true", help="the full counts of the rows of docs/reliability.md")
-    parser.addoption("--figures", metavar="FILE", help="write what these rows found to FILE, in Markdown")
+    parser.addoption(
+        "--torture", action="store_true", help="run the tests of docs/reliability.md with their full counts"
+    )
+    parser.addoption("--figures", metavar="FILE", help="write the results of these rows to FILE, in Markdown")
 
 
 def pytest_configure(config):
@@ -36,32 +40,32 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def cases(request):
-    """cases(short, full) -> how many to try."""
+    """cases(short, full) -> number of cases to try."""
     return lambda short, full: full if request.config.getoption("--torture") else short
 
 
 @pytest.fixture
 def figure(request):
-    """figure(text): what this test found, for the table."""
+    """figure(text): report the result of this test for the table."""
     return lambda text: request.node.user_properties.append(("figure", text))
 
 
 def table(reports):
-    """Markdown of the reports of marked tests."""
-    rows = defaultdict(list)
+    """Return the reports of marked tests as a Markdown table, or "" if there are none."""
+    groups = defaultdict(list)
     for report in reports:
         properties = dict(getattr(report, "user_properties", ()))
         if "reliability" in properties:
             found = properties.get("figure") if report.passed else None
-            rows[tuple(properties["reliability"])].append((report.passed, found, report.duration))
-    lines = ["| row | what | found | seconds |", "|---|---|---|---:|"]
-    for (row, what), tests in sorted(rows.items(), key=lambda item: (int(item[0][0][1:]), item[0][1])):
-        passed, figures, seconds = zip(*tests)
-        found = "; ".join(filter(None, figures)) or f"{sum(passed)} of {len(passed)}"
+            groups[tuple(properties["reliability"])].append((report.passed, found, report.duration))
+    rows = []
+    for (row, what), tests in sorted(groups.items(), key=lambda item: (int(item[0][0][1:]), item[0][1])):
+        passed, results, seconds = zip(*tests)
+        found = "; ".join(filter(None, results)) or f"{sum(passed)} of {len(passed)}"
         if not all(passed):
             found = f"**FAILED**, {found}"
-        lines.append(f"| {row} | {what} | {found} | {sum(seconds):.0f} |")
-    return "\n".join(lines)
+        rows.append([row, what, found, f"{sum(seconds):.0f}"])
+    return "\n".join(markdown_table(("row", "what", "found", "seconds"), rows, align="lllr")) if rows else ""
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -69,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [r for kind in ("passed", "failed") for r in stats.get(kind, []) if r.when == "call"]
     reports += stats.get("error", [])
     text = table(reports)
-    if text.count("\n") > 1:
+    if text:
         terminalreporter.write_line(f"\n{text}")
     if path := config.getoption("--figures"):
         form = "in full" if config.getoption("--torture") else "the short form"

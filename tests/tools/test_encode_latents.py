@@ -15,7 +15,7 @@ from helpers.tiny_models import ROOT
 from PIL import Image
 
 from autoencoder import Autoencoder, load_autoencoder
-from benchmarks import loading as bench_loading
+from benchmarks import loading
 from dataset import latents
 from dataset.images import ImageData
 from dataset.latents import LatentData
@@ -238,21 +238,21 @@ def test_a_full_disk_is_refused_before_the_work(folder, monkeypatch):
 
 
 def test_the_benchmark_reads_the_same_number_of_samples_from_both_layouts(tmp_path, command):
-    result = command(bench_loading.main, *"--samples 70 --batch-size 32 --pairs 2 --out".split(), tmp_path / "out.md")
+    result = command(loading.main, *"--samples 70 --batch-size 32 --pairs 2 --out".split(), tmp_path / "out.md")
     assert result.code == 0 and result.out.strip() == (tmp_path / "out.md").read_text().strip()
     assert [line.split(" |")[0] for line in result.out.splitlines() if line.startswith("|")][2:] == ["| warm", "| cold"]
-    bench_loading.write_both(tmp_path, 20)
-    data, files = LatentData(tmp_path / "latents"), bench_loading.TwoFiles(tmp_path / "files")
+    loading.write_both(tmp_path, 20)
+    data, files = LatentData(tmp_path / "latents"), loading.TwoFiles(tmp_path / "files")
     data.verify()
     assert len(data) == len(files) == 20 and data[13][0].shape == (2, 8, 32, 32) and data[13][1] == files[13][1] == 3
     assert files[13][0].shape == (1, 4, 32, 32) and files[13][0].dtype == torch.float32
-    assert command(bench_loading.main, "--samples", 9).code == 2
+    assert command(loading.main, "--samples", 9).code == 2
 
 
 def test_the_ratio_is_the_median_of_the_pairs():
     pairs = [(1e-6, 50e-6), (2e-6, 80e-6), (1e-6, 90e-6)]
-    assert "| warm | 1.0 µs | 80 µs | 1/50.0 (1/40.0 to 1/90.0) | met |" in bench_loading.table({"warm": pairs})
-    assert bench_loading.table({"warm": pairs[:2]}).endswith("| missed |")
+    assert "| warm | 1.0 µs | 80 µs | 1/50.0 (1/40.0 to 1/90.0) | met |" in loading.table({"warm": pairs})
+    assert loading.table({"warm": pairs[:2]}).endswith("| missed |")
 
 
 def test_encoding_in_half_precision(images64, tmp_path, command):
