@@ -30,6 +30,7 @@ from evaluation.comparison import (
 from evaluation.features import Network, why_not_comparable
 from evaluation.image_pass import float64_device, moments_name, run_pass
 from evaluation.image_sets import (
+    Folder,
     ImageSet,
     Pixels,
     check_sets,
@@ -140,6 +141,19 @@ def read_sample_settings(path: str | os.PathLike) -> dict | None:
         ) from None
 
 
+def check_complete(images: ImageSet, settings: dict):
+    """Raise ValueError if a folder of samples has another number of images than its settings say.
+
+    images: an opened set, see `evaluation.image_sets.open_set`
+    """
+    expected = settings.get("num_fid_samples")
+    if isinstance(images, Folder) and expected not in (None, len(images)):
+        raise ValueError(
+            f"{images.path} has {len(images):,} images, but sample_ddp.py was to make {expected:,}: run the same "
+            "sample_ddp.py command again, which completes it, or remove what is not of that run."
+        )
+
+
 def list_choices(args: argparse.Namespace, compared: list[ComparedSet], networks: Networks, size: int | None) -> dict:
     """Return every choice that the metrics depend on."""
     return {
@@ -175,14 +189,14 @@ def list_notes(
     if settings and hierarchy and fake.kind == "npz":
         if settings.get("hierarchy", hierarchy.digest()) != hierarchy.digest():
             notes.append(
-                f"{fake.path} was sampled with another hierarchy than {hierarchy.name}: see that labels mean the same."
+                f"{fake.path} was sampled with another hierarchy than {hierarchy.name}: check that the labels mean the same."
             )
     counts = {name: (row["n_real"], row["n_fake"]) for name, row in rows.items()}
     few = [name for name, both in counts.items() if any(n is not None and n < FEW_IMAGES for n in both)]
     if few and networks.features:
         notes.append(
-            f"Below {FEW_IMAGES:,} images a Frechet distance is mostly its own bias, read KID: so in {len(few)} rows "
-            f"({shorten(few)})."
+            f"{len(few)} rows have fewer than {FEW_IMAGES:,} images ({shorten(few)}): their Frechet distance is mostly bias, "
+            "read KID instead."
         )
     return notes
 
@@ -211,7 +225,9 @@ def build_report(
     # Reasons not to compare them with published ones:
     reasons = list(filter(None, map(why_not_comparable, networks.all())))
     reasons += [
-        f"nothing says how {each.path} was made" for each in sets if isinstance(each, Statistics) and not each.record
+        f"{each.path} has no record of how it was made"
+        for each in sets
+        if isinstance(each, Statistics) and not each.record
     ]
     return {
         "format": FORMAT,
@@ -254,6 +270,8 @@ def main():
     if isinstance(sets[0], Statistics) and saves_real:
         raise ValueError(f"{args.real} holds statistics, expected images to make statistics of: drop the flag.")
     settings = read_sample_settings(args.fake) if args.fake else None
+    if settings:
+        check_complete(sets[1], settings)
     size, pixels = open_pixels(sets, args.image_size)
 
     # Load the networks:

@@ -262,13 +262,13 @@ def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, digests: list
     lossy = [each for each, _ in with_images if each.count_lossy()]
     if len(with_images) == 2 and len(lossy) == 1:
         notes.append(
-            f"{lossy[0].count_lossy():,} files of {lossy[0].path} were compressed with loss and none of the other side: "
-            "FID sees it."
+            f"{lossy[0].count_lossy():,} files of {lossy[0].path} have lossy compression, and none of the other set: FID is "
+            "sensitive to it."
         )
     for each, digest in with_images:
         copies = len(digest) - len(np.unique(digest))
         if copies:
-            notes.append(f"{copies:,} images of {each.path} are exact copies of others there.")
+            notes.append(f"{copies:,} images of {each.path} are exact copies of other images in it.")
         single = int((np.bincount(each.labels) == 1).sum())
         if hierarchy and single:
             notes.append(f"{single:,} classes of {each.path} have one image: LPIPS within a class leaves them out.")

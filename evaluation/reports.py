@@ -67,7 +67,7 @@ def cells(report: dict) -> list[list[str]]:
 
 def remarks(report: dict) -> list[str]:
     """Return the sentences under the table: warnings, metrics without a column, notes."""
-    warnings = [f"NOT COMPARABLE with published figures: {reason}." for reason in report["not_comparable"]]
+    warnings = [f"NOT COMPARABLE with published metrics: {reason}." for reason in report["not_comparable"]]
     overall, metrics = report["overall"], []
     if overall.get("precision") is not None:
         metrics.append(f"Precision {overall['precision']:.3f}, recall {overall['recall']:.3f}.")
@@ -133,7 +133,7 @@ def bar_figure(report: dict) -> Figure:
     if len(axes):
         axes[0].invert_yaxis()
     if not report["comparable"]:
-        figure.suptitle("not comparable with published figures", fontsize=9, color="#aa3333")
+        figure.suptitle("not comparable with published metrics", fontsize=9, color="#aa3333")
     return figure
 
 

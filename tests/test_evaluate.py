@@ -148,7 +148,7 @@ def test_fid_and_inception_score_use_inception(sets, command, tmp_path):
     assert report["overall"]["inception_score"] == pytest.approx(1) and p.shape == (10, 1008)
     assert report["choices"]["networks"][0]["weights"] == sha256(tmp_path / "inception.pth")
     assert not report["comparable"] and "published" in report["not_comparable"][0]
-    assert any("Below 2,048 images" in note for note in report["notes"])
+    assert any("fewer than 2,048 images" in note for note in report["notes"])
 
 
 def test_report_records_every_choice(sets, report):

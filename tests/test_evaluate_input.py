@@ -78,6 +78,10 @@ FOLDERS = {  # name: (change to the copy of `fake`, words of the sentence)
     "HTML": (lambda fake: overwrite(fake / "cats/lynx/2.png", b"<!DOCTYPE html>"), ["Cannot read image", "2.png"]),
     "a file": (lambda fake: (shutil.rmtree(fake), fake.touch()), ["is a file, expected a folder of images"]),
     "no settings": (lambda fake: (fake / "settings.json").write_text("{"), ["settings.json is not JSON"]),
+    "half sampled": (
+        lambda fake: (fake / "settings.json").write_text(json.dumps({"num_fid_samples": 40})),
+        ["has 20 images, but sample_ddp.py was to make 40", "run the same sample_ddp.py command again"],
+    ),
 }
 
 
@@ -335,8 +339,8 @@ def test_notes_about_the_images(sets, command, tmp_path):
     result, found = run(command, tmp_path / "out", tmp_path / "real", tmp_path / "fake", *flags)
     assert result.code == 0, result.err
     for words in (
-        "1 files of .*real were compressed with loss",
-        "1 images of .*fake are exact copies of others",
+        "1 files of .*real have lossy compression",
+        "1 images of .*fake are exact copies of other images in it",
         "1 images of .*fake are exact copies of images of .*real",
         r"fake has no images of 1 classes of .*real \('pug'\)",
         "1 classes of .*fake have one image",
