@@ -1,4 +1,4 @@
-"""The command line: parsers with examples, and a user's mistake as one sentence."""
+"""The command line: parsers with examples, and user errors as one sentence."""
 
 import argparse
 import errno
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run_command(main: Callable[[], object]) -> object:
-    """Call `main()`; print a ValueError or an unusable path, the user's mistake, as one line and exit with code 2."""
+    """Call `main()`; print a user error, a ValueError or an unusable path, as one line and exit with code 2."""
     try:
         return main()
     except ValueError as error:
@@ -17,7 +17,7 @@ def run_command(main: Callable[[], object]) -> object:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         text = f"{error.filename or 'The disk'} cannot be used ({error.strerror}): check it or choose another path."
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # it may quote any bytes of a file
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # a quoted file may hold any bytes
     print(f"{program_name()}: {line}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -29,7 +29,10 @@ def program_name() -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the default of every flag that has one, and keep the line breaks of the examples."""
+    """Show the default of every flag that has one, and keep the line breaks of the examples.
+
+    Python 3.11: the overridden method is private.
+    """
 
     def _get_help_string(self, action):
         if any(action.default is value for value in (None, False, argparse.SUPPRESS)):  # 0 is shown, and equals False

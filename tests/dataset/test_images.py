@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dataset.images import ImageData, UnreadableImage, center_crop, collate, read_crop, to_rgb
 from hierarchy import Hierarchy
+from runtime.private import shutdown_workers
 from training.batches import StepBatches
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -192,7 +193,7 @@ def first_batch(data, workers):
         return next(loader)
     finally:
         if workers:
-            loader._shutdown_workers()  # left to the garbage collector after an error, it takes 5 seconds
+            shutdown_workers(loader)  # the garbage collector would take 5 seconds after an error
 
 
 @pytest.mark.parametrize("workers", [0, 1])
