@@ -179,7 +179,7 @@ def test_push_without_network(command, adapter, tmp_path):
         ("--format finediffusion --out x.pt --superclass 0", "--superclass needs --format dit"),
         ("--format diffusers --out x --private", "--private needs --push"),
         ("--format diffusers --out x --vae nowhere", "The autoencoder nowhere could not be loaded"),
-        (f"--format diffusers --out x --vae {ROOT}/examples/glyphs/vae", "the autoencoder makes 4 x 1"),
+        (f"--format diffusers --out x --vae {ROOT}/examples/glyphs/vae", "latents of the autoencoder are 4 x 1"),
         ("--format diffusers --out old", "old exists and is not overwritten"),
         ("--format diffusers --out x --base old", "old"),
     ],
