@@ -7,7 +7,7 @@ Key = tuple[str, str]
 
 
 def row_keys(description: ModelDescription) -> list[Key]:
-    """Return what each row of the class table stands for, in order: ("class", name), ("superclass", name), ("null", "")."""
+    """Return the meaning of each row of the class table, in order: ("class", name), ("superclass", name), ("null", "")."""
     hierarchy = description.hierarchy
     keys = [("class", name) for name in hierarchy.classes]
     if description.embedder == "tiered":
