@@ -118,4 +118,5 @@ def load_autoencoder(
         ) from None
     scale = SD_SCALE if name in PUBLISHED_VAES else vae.config.scaling_factor
     digest = None if dtype == torch.float32 else hash_encoder(vae)  # of the weights as stored
-    return Autoencoder(vae.to(device, dtype).eval().requires_grad_(False), scale, digest)
+    torch.nn.Module.to(vae, device, dtype)  # diffusers' own `to` prints a warning
+    return Autoencoder(vae.eval().requires_grad_(False), scale, digest)

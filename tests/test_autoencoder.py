@@ -55,13 +55,14 @@ def test_the_digest_covers_the_encoder_alone(vaes):
     assert Autoencoder().encoder_digest() is None and load_autoencoder("none").encoder_digest() is None
 
 
-def test_the_digest_does_not_depend_on_the_precision(tmp_path):
+def test_the_digest_does_not_depend_on_the_precision(tmp_path, capfd):
     """Neither the precision of the file nor that of the computation; bfloat16 would lose digits of the weights."""
     expected = digest(VAE)
     single = write_vae(tmp_path / "single", dtype=torch.float32, force_upcast=False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         half = load_autoencoder(single, dtype=dtype)
         assert half.dtype == dtype and half.encoder_digest() == expected
+    assert "float32" not in capfd.readouterr().err  # diffusers would warn of the conversion
 
 
 def encode(command, vae, images, out):
