@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_models import PARENTS, awake, refusal, tiny_dit
 from torch.testing import assert_close
 
-from benchmarks import solvers as bench_solvers
+from benchmarks import solvers
 from diffusion import create_diffusion
 from guidance import Guidance
 from sampling import samplers
@@ -225,21 +225,21 @@ def test_ddim_converges_in_the_first_order():
 
 def test_the_table_of_errors(command, adapter, monkeypatch):
     for name, value in (("STEPS", (2, 4)), ("SPACED_STEPS", (3,)), ("ALL", 12)):
-        monkeypatch.setattr(bench_solvers, name, value)
-    result = command(bench_solvers.main, "--ckpt", adapter, "--images", 1)
+        monkeypatch.setattr(solvers, name, value)
+    result = command(solvers.main, "--ckpt", adapter, "--images", 1)
     assert result.code == 0, result.err
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.split("\n") if line.startswith("|")]
     errors = {tuple(row[:1]): [float(error) for error in row[1:]] for row in rows if row[0] in ("2", "4")}
     assert all(0 < b < a < 3 for a, b in zip(errors[("2",)], errors[("4",)]))
     assert [row[0] for row in rows].count("root of t") == 2 and "## w = 2" in result.out
     with refusal("--images is 0"), monkeypatch.context() as patch:
-        patch.setattr("sys.argv", ["bench_solvers", "--images", "0"])
-        bench_solvers.main()
+        patch.setattr("sys.argv", ["solvers.py", "--images", "0"])
+        solvers.main()
 
 
 @pytest.mark.parametrize("steps", range(1, 40, 6))
 def test_spacings_of_the_table_are_timesteps(steps):
-    for spacing in bench_solvers.SPACINGS.values():
+    for spacing in solvers.SPACINGS.values():
         times = spacing(steps)
         assert times.shape == (steps,) and times.max() <= 999 and times.min() >= 0 and (np.diff(times) < 0).all()
 

@@ -1,4 +1,4 @@
-"""How far a table's rows are apart by superclass, and where they come from."""
+"""Separation of class rows by superclass, and the table of an adapter or checkpoint."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ NAMES = [name for names in CLASSES.values() for name in names]
 
 
 def slow_separation(rows, groups, k):
-    """By the definitions, row by row."""
+    """Compute purity and silhouette of each row by their definitions."""
     purity, silhouette = [], []
     for i in range(len(rows)):
         distance = [torch.dist(rows[i], other).item() for other in rows]
@@ -32,7 +32,7 @@ def slow_separation(rows, groups, k):
 
 def test_separation_follows_the_definitions():
     generator = torch.Generator().manual_seed(0)
-    groups = torch.tensor([0, 1, 1, 3, 0, 1, 3, 3, 0, 4, 1])  # none of group 2, one of group 4
+    groups = torch.tensor([0, 1, 1, 3, 0, 1, 3, 3, 0, 4, 1])  # group 2 is empty, group 4 has one row
     rows = torch.randn(len(groups), 3, generator=generator, dtype=torch.float64) + groups[:, None] * 0.5
     wanted = slow_separation(rows, groups.tolist(), 3)
     for block in (1024, 4, 1):
@@ -41,7 +41,7 @@ def test_separation_follows_the_definitions():
             torch.testing.assert_close(mine, torch.tensor(theirs), rtol=1e-9, atol=1e-12)
 
 
-def test_separation_of_far_and_of_equal_groups():
+def test_separation_of_distant_and_of_equal_groups():
     groups = torch.arange(40) % 2
     noise = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     purity, silhouette = class_rows.separation(noise + 100 * groups[:, None], groups)
@@ -50,7 +50,7 @@ def test_separation_of_far_and_of_equal_groups():
     assert (silhouette == 0).all()
 
 
-def test_summary_has_the_purity_of_chance():
+def test_summary_has_the_purity_expected_by_chance():
     hierarchy = Hierarchy([f"{i}" for i in range(300)], ["a", "b"], [0] * 200 + [1] * 100)
     rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     found = class_rows.summary(rows, hierarchy, 10)

@@ -117,10 +117,10 @@ def test_grid_has_a_row_per_superclass_with_the_images_of_sample_py(draw, comman
     assert titles == ["cats", "dogs"] and captions == [["lynx", "manx"], ["beagle", "pug", "pug dog"]]
     folder = tmp_path / "samples"
     assert command(sample.main, "--ckpt", adapter, *FAST, "--classes", "all", "--sample-dir", folder).code == 0
-    pictures = [np.asarray(Image.open(folder / name / "000000.png")) for name in NAMES]
-    for image, picture in zip([image for row in rows for image in row], pictures):
-        assert image.shape == (8, 8, 3) and far(image, picture) < 0.5  # rounding differs in another batch
-    assert far(pictures[0], pictures[1]) > 10
+    samples = [np.asarray(Image.open(folder / name / "000000.png")) for name in NAMES]
+    for image, sample_image in zip([image for row in rows for image in row], samples):
+        assert image.shape == (8, 8, 3) and far(image, sample_image) < 0.5  # rounding differs in another batch
+    assert far(samples[0], samples[1]) > 10
 
     (rows, captions, _), _ = draw("grid", "--ckpt", adapter, *FAST, "--columns", 2)
     assert captions == [["lynx", "manx"], ["beagle", "pug dog"]]  # evenly spread
@@ -170,8 +170,8 @@ def test_compare_puts_real_images_first_and_uses_the_same_noise(draw, adapter, b
     assert options == {"row_titles": ["pug", "lynx"], "column_titles": ["Real", "A", "Again", "B", "T"]}
     for row, path in zip(rows, ("dogs/pug", "cats/lynx")):
         real, a, again, b, _ = row
-        whole = Image.open(images64 / path / "0.png").resize((8, 8), Image.Resampling.BOX)
-        assert real.shape == (8, 8, 3) and far(real, np.asarray(whole)) < 15
+        expected = Image.open(images64 / path / "0.png").resize((8, 8), Image.Resampling.BOX)
+        assert real.shape == (8, 8, 3) and far(real, np.asarray(expected)) < 15
         assert far(a, again) == 0 and far(a, b) > 5
     seen, real = [], gallery.sample_keyed
 
