@@ -22,7 +22,7 @@ import train
 from checkpoint.format import read_weights
 from dataset.latents import LatentData
 from tools import encode_latents
-from training import state
+from training import setup
 from training.folder import list_states
 from training.state import latest_valid_state
 
@@ -336,7 +336,7 @@ def test_two_trainings(run, whole, tmp_path, cases, figure):
         if case % 2:
             begin(folder, finished)
             (folder / "states/.0000006.safetensors.1.part").touch()  # of the kill
-        codes = run(folder, 8, **together(tmp_path, state, "lock_run_dir"))
+        codes = run(folder, 8, **together(tmp_path, setup, "lock_run_dir"))
         check_one_refused(codes, run.root, "train.py", "Another process is training in")
         assert not differences(folder, expected) and not list(folder.rglob(".*"))
         for path in tmp_path.glob("here*"):
