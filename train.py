@@ -208,6 +208,7 @@ def train(args: argparse.Namespace):
 
 
 def how_to_resume(args: argparse.Namespace, run: Run) -> str:
+    """Return which command resumes the run."""
     if args.experiment or args.resume and Path(args.resume).is_dir():
         return "run the same command to resume"
     return f"run the same command with --resume {run.folder} to resume"

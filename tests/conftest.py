@@ -20,6 +20,7 @@ torch.set_num_threads(1)  # the models are tiny: more threads wait for each othe
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used: the suite runs on the CPU, on GPU nodes too
 os.environ["HF_HUB_OFFLINE"] = "1"  # for other processes
 huggingface_hub.constants.HF_HUB_OFFLINE = True
+torch.ones(1, requires_grad=True).sum().backward()  # start autograd without threads, so that tests may fork
 
 
 @pytest.fixture(autouse=True)

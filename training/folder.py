@@ -14,14 +14,13 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint.torch_files import check_file
 from runtime.files import Lock, atomic_write
 
 AUTOMATIC = re.compile(r"(\d{3,})-(.+)")  # such as 007-DiT-XL-2-finediffusion
-LATER = ("states", "adapters", "samples")  # folders of files named by their step
+KINDS = ("adapters", "samples", "states")  # of files named by their step; states move last, so that a kill loses none
 
 
 def resolve_run_dir(
@@ -81,24 +80,32 @@ def lock_run_dir(folder: Path) -> Lock:
     return lock
 
 
-def move_aside(folder: Path, step: int, log: Callable[[str], object]):
-    """Move states, adapters and previews of later steps than `step` to aside-STEP, if a state is among them."""
-    later = [path for path in list_states(folder) if int(path.stem) > step]
-    if not later:
-        return
+def move_aside(folder: Path, step: int) -> str | None:
+    """Move states, adapters and previews of later steps than `step` to aside-STEP, if a state is among them.
+
+    Returns a sentence about it, or None if there was nothing to move.
+    """
+    later = {kind: [path for path in sorted(folder.glob(f"{kind}/[0-9]*")) if step_of(path) > step] for kind in KINDS}
+    if not later["states"]:
+        return None
     place = folder / f"aside-{step:07d}"
     while place.exists():
         place = place.with_name(place.name + "+")
-    for kind in LATER:
-        for path in sorted(folder.glob(f"{kind}/[0-9]*")):
-            if path.stem.isdecimal() and int(path.stem) > step:
-                (place / kind).mkdir(parents=True, exist_ok=True)
-                os.replace(path, place / kind / path.name)
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():
         text = metrics.read_text()
         atomic_write(place / metrics.name, lambda part: part.write_text(text))
-    log(f"The run goes back to step {step}: {len(later)} later states, their adapters and metrics are now in {place}.")
+    for kind in KINDS:
+        for path in later[kind]:
+            (place / kind).mkdir(parents=True, exist_ok=True)
+            os.replace(path, place / kind / path.name)
+    count = len(later["states"])
+    return f"The run goes back to step {step}: {count} later states, their adapters and metrics are now in {place}."
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a file is named by, or -1 if its name is not a number."""
+    return int(path.stem) if path.stem.isdecimal() else -1
 
 
 # ---- restarted launches --------------------------------------------------------------------------
@@ -127,7 +134,7 @@ def restarted_run(folders: list[Path]) -> Path | None:
             began = json.loads(path.read_text()) if path.is_file() else {}
         except ValueError:
             continue
-        same = any(began.get(kind) == value for kind, value in ids.items())
+        same = isinstance(began, dict) and any(began.get(kind) == value for kind, value in ids.items())
         if same and began.get("command") == sys.argv[1:]:
             return folder
     return None

@@ -100,7 +100,7 @@ def begin(args: argparse.Namespace) -> Run:
         args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps, encoder
     )
     path, tensors, saved = choose_state(accelerator, states)
-    model, parameters, description, rows = load_model(args, accelerator, description, path, saved, half)
+    model, parameters, description, note = load_model(args, accelerator, description, path, saved, half)
     ema = EMA(parameters, args.ema_decay, args.ema_warmup)
     optimizer = adamw(parameters, args.lr, args.table_lr)
 
@@ -115,9 +115,9 @@ def begin(args: argparse.Namespace) -> Run:
         open_row = load_state(path, tensors, saved, parameters, frozen, ema.average, optimizer)
         if accelerator.scaler and saved.scaler:
             accelerator.scaler.load_state_dict(saved.scaler)
-        if saved.settings["global_batch_size"] != args.global_batch_size:
+        if saved.settings.get("global_batch_size") != args.global_batch_size:
             open_row = None  # it has the losses of another number of images per step
-    run_on_main(accelerator, move_aside, folder, description.step, print)
+    notes = [ask_main(accelerator, lambda: move_aside(folder, description.step)), note]
 
     # Start the log:
     stop = args.on_nonfinite == "stop"
@@ -125,8 +125,8 @@ def begin(args: argparse.Namespace) -> Run:
     passes = args.grad_accum if not args.micro_batch else -(-batches.local_batch // args.micro_batch)
     settings = vars(args) | {"mixed_precision": precision}
     log_run_summary(settings, logger, model, parameters, hierarchy, -(-batches.local_batch // passes), autoencoder)
-    if rows:
-        logger.log(rows)
+    for text in filter(None, notes):
+        logger.log(text)
 
     # Compile, and wrap for several processes:
     if args.compile:
@@ -258,26 +258,28 @@ def load_model(
     path: Path | None,
     saved: ModelDescription | None,
     half: torch.dtype,
-) -> tuple[DiT, dict[str, nn.Parameter], ModelDescription, str | None]:
+) -> tuple[DiT, dict[str, nn.Parameter], ModelDescription, str]:
     """Build the model on the device, with the base weights of the state at `path` or of a new run.
 
     half: the type of the frozen weights. Returns the model, its trained parameters, the description with base and step,
-    and for a new run a sentence about the class table.
+    and a note for the log: the state, or the rows of the class table of a new run.
     """
-    torch.manual_seed(saved.settings["global_seed"] if saved else args.global_seed)  # of frozen weights without a base
+    torch.manual_seed(
+        saved.settings.get("global_seed", args.global_seed) if saved else args.global_seed
+    )  # of frozen weights without a base
     model = build_model(description, args.class_dropout_prob)
     parameters = select(model, METHODS[args.method])
     if path:
         check_same_run(path, saved, description, args.allow_changes)
         load_run_base(path, saved, model, args.resume)
-        description, rows = replace(description, base=saved.base, step=saved.step), None
+        description, note = replace(description, base=saved.base, step=saved.step), f"resuming from {path}"
     else:
-        base, rows = start_from_base(args, accelerator, model, parameters, description)
+        base, note = start_from_base(args, accelerator, model, parameters, description)
         description = replace(description, base=base)
     store_frozen(model, half)
     model.to(accelerator.device).train()
     model.grad_checkpointing = args.grad_checkpointing
-    return model, parameters, description, rows
+    return model, parameters, description, note
 
 
 def start_from_base(
