@@ -1,12 +1,15 @@
 """Fine-tuning methods: which parameters of a DiT each one trains, and the moving average (EMA) of those parameters.
 
 A method is an entry of METHODS: the kinds of parameters it trains, the form of the class table, DiffFit's factors and a
-learning rate.
+learning rate. A method that trains "lora" adds low-rank updates to linear layers (LoRA).
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from runtime.private import lerp_all
@@ -47,44 +50,57 @@ METHODS = {
         lr=1e-3,
         source="DiffFit, arXiv 2304.06648, section 3.2",
     ),
+    "lora": Method(frozenset({"table", "lora"}), source="LoRA, arXiv 2106.09685"),
+}
+METHODS |= {
+    f"{name}+lora": replace(METHODS[name], trains=METHODS[name].trains | {"lora"})
+    for name in ("finediffusion", "bitfit", "difffit", "difffit-orig")
 }
 VECTOR_GAMMA_BLOCKS = 14  # DiffFit as published scales the first half of DiT-XL's 28 blocks
+# DiffFit's factors in a block, and the layer whose output each one scales
+GAMMAS = {"gamma_qkv": "attn.qkv", "gamma_proj": "attn.proj", "gamma_attn": "attn.proj", "gamma_mlp": "mlp.fc2"}
 
-# ---- selecting parameters ------------------------------------------------------------------------
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of the DiT parameter `name`: "fixed", "table", "gamma", "norm", "bias" or "matrix"."""
-    if name == "pos_embed":
-        return "fixed"
-    if name.startswith("y_embedder."):
-        return "table"
-    if "gamma_" in name:
-        return "gamma"
-    if ".norm" in name:
-        return "norm"
-    return "bias" if name.endswith(".bias") else "matrix"
+# ---- adapted layers, DiffFit's factors -----------------------------------------------------------
 
 
-class ScaledLinear(nn.Linear):
-    """A linear layer of a block whose output is multiplied by a parameter of the block.
+class AdaptedLinear(nn.Linear):
+    """A linear layer with a low-rank update, a learned factor, or both: factor * (W x + b + B A x).
 
-    layer  the layer whose parameters it takes over
-    block  owns the factor; not registered as a submodule, since the layer is a part of it
-    name   of the factor (out_features,) in the block
+    layer   the layer whose parameters it takes over
+    lora_A  (rank, in_features), or None
+    lora_B  (out_features, rank), or None
 
     torch.compile sees the layer's class and compiles again for it. It would not notice a hook.
     """
 
-    def __init__(self, layer: nn.Linear, block: nn.Module, name: str):
+    def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.__dict__["block"] = block
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scale_by(None, "")
+
+    def scale_by(self, block: nn.Module | None, name: str) -> None:
+        """Multiply the output by the parameter `name` (out_features,) of `block`, which has this layer as a part."""
+        self.__dict__["block"] = block  # not registered as a submodule
         self.name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        return super().forward(x) * getattr(self.block, self.name)
+        out = super().forward(x)
+        if self.lora_A is not None:
+            out = out + F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return out if self.block is None else out * getattr(self.block, self.name)
+
+
+def adapt(model: nn.Module, path: str) -> AdaptedLinear:
+    """Replace the linear layer at `path` of the model by an `AdaptedLinear`, unless it is one; return it."""
+    parent, _, name = path.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, AdaptedLinear):
+        layer = AdaptedLinear(layer)
+        setattr(model.get_submodule(parent), name, layer)
+    return layer
 
 
 def add_gammas(model: nn.Module, form: str) -> None:
@@ -97,8 +113,8 @@ def add_gammas(model: nn.Module, form: str) -> None:
         return
     blocks = model.blocks if form == "scalar" else model.blocks[:VECTOR_GAMMA_BLOCKS]
     for block in blocks:
-        attn = block.attn
-        width, device = attn.proj.out_features, attn.proj.weight.device
+        proj = block.attn.proj
+        width, device = proj.out_features, proj.weight.device
         # the block's forward pass multiplies its two branches by these, unless they are None
         block.gamma_attn, block.gamma_mlp = (
             nn.Parameter(torch.ones(() if form == "scalar" else width, device=device)) for _ in range(2)
@@ -106,8 +122,93 @@ def add_gammas(model: nn.Module, form: str) -> None:
         if form == "vector":
             block.gamma_qkv = nn.Parameter(torch.ones(3 * width, device=device))
             block.gamma_proj = nn.Parameter(torch.ones(width, device=device))
-            attn.qkv = ScaledLinear(attn.qkv, block, "gamma_qkv")
-            attn.proj = ScaledLinear(attn.proj, block, "gamma_proj")
+            for name in ("qkv", "proj"):
+                adapt(block, f"attn.{name}").scale_by(block, f"gamma_{name}")
+
+
+def fold_gammas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge DiffFit's factors into the linear layers whose output they scale: W' = diag(g) W, b' = g b, and B' = diag(g) B.
+
+    Computed in float64. See DiffFit, arXiv 2304.06648, section 3.2.
+    """
+    tensors = dict(tensors)
+    for name in [name for name in tensors if kind_of(name) == "gamma"]:
+        block, _, gamma = name.rpartition(".")
+        factor, layer = tensors.pop(name).double(), f"{block}.{GAMMAS[gamma]}"
+        for part, shape in (("weight", (-1, 1)), ("bias", (-1,)), ("lora_B", (-1, 1))):
+            if f"{layer}.{part}" in tensors:
+                tensors[f"{layer}.{part}"] = (factor.view(shape) * tensors[f"{layer}.{part}"].double()).float()
+    return tensors
+
+
+# ---- low-rank updates (LoRA) ---------------------------------------------------------------------
+
+LORA_LAYERS = {  # --lora-targets: linear layers of a block
+    "qkv": ("attn.qkv",),
+    "attn": ("attn.qkv", "attn.proj"),
+    "mlp": ("mlp.fc1", "mlp.fc2"),
+    "adaln": ("adaLN_modulation.1",),
+}
+LORA_LAYERS["all"] = LORA_LAYERS["attn"] + LORA_LAYERS["mlp"] + LORA_LAYERS["adaln"]
+
+
+def add_lora(model: nn.Module, rank: int, targets: Iterable[str]) -> None:
+    """Add a low-rank update B A to linear layers of every block of a DiT (LoRA, arXiv 2106.09685, section 4.1).
+
+    rank     number of rows of `lora_A` (rank, in) and of columns of `lora_B` (out, rank)
+    targets  keys of LORA_LAYERS
+
+    A has the default initial values of a linear layer's weight, and B is 0, so that the model computes what it did. This
+    also holds for the modulations of a DiT from random weights, which are 0: there A first moves in the second step.
+    """
+    for block in model.blocks:
+        for path in dict.fromkeys(path for target in targets for path in LORA_LAYERS[target]):
+            layer = adapt(block, path)
+            device = layer.weight.device
+            layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, device=device))
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+            nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+
+
+def fold_lora(tensors: dict[str, torch.Tensor], keep: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Merge low-rank updates into the weights by name, W' = W + B A, computed in float64.
+
+    keep: updates that it has in the same shape are left as they are
+    """
+    tensors, keep = dict(tensors), keep or {}
+    for name in [name for name in tensors if name.endswith(".lora_A")]:
+        layer = name.removesuffix(".lora_A")
+        if name in keep and keep[name].shape == tensors[name].shape:
+            continue
+        a, b = (tensors.pop(f"{layer}.lora_{part}").double() for part in "AB")
+        tensors[f"{layer}.weight"] = (tensors[f"{layer}.weight"].double() + b @ a).float()
+    return tensors
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Merge the low-rank updates of a model into its weights, in place; its output changes by rounding only."""
+    for layer in [layer for layer in model.modules() if isinstance(layer, AdaptedLinear) and layer.lora_A is not None]:
+        layer.weight.copy_(layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double())
+        layer.lora_A = layer.lora_B = None
+
+
+# ---- selecting parameters ------------------------------------------------------------------------
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of the DiT parameter `name`: "fixed", "table", "lora", "gamma", "norm", "bias" or "matrix"."""
+    if name == "pos_embed":
+        return "fixed"
+    if name.endswith((".lora_A", ".lora_B")):
+        return "lora"
+    if name.startswith("y_embedder."):
+        return "table"
+    if "gamma_" in name:
+        return "gamma"
+    if ".norm" in name:
+        return "norm"
+    return "bias" if name.endswith(".bias") else "matrix"
 
 
 def select(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
@@ -140,18 +241,23 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def adamw(parameters: dict[str, nn.Parameter], lr: float, table_lr: float) -> torch.optim.AdamW:
-    """Return AdamW without weight decay over parameters by name: a group for the class table, after one for the others.
+def adamw(
+    parameters: dict[str, nn.Parameter], lr: float, table_lr: float, lora_lr: float | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW without weight decay over parameters by name, in groups: the others, the class table, LoRA.
 
-    lr        learning rate of all parameters but the table
-    table_lr  learning rate of the table
+    lr        learning rate of all other parameters
+    table_lr  learning rate of the class table
+    lora_lr   learning rate of the low-rank updates; None if there are none
 
     Each group keeps its learning rate before any schedule as "base_lr".
     """
-    table = [p for name, p in parameters.items() if kind_of(name) == "table"]
-    others = [p for name, p in parameters.items() if kind_of(name) != "table"]
-    groups = [{"params": others, "base_lr": lr}, {"params": table, "base_lr": table_lr}]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0, fused=True)
+    rates = {"other": lr, "table": table_lr, "lora": lora_lr}
+    groups = {kind: {"params": [], "base_lr": rate} for kind, rate in rates.items()}
+    for name, parameter in parameters.items():
+        kind = kind_of(name)
+        groups[kind if kind in groups else "other"]["params"].append(parameter)
+    return torch.optim.AdamW([g for g in groups.values() if g["params"]], lr=lr, weight_decay=0, fused=True)
 
 
 class EMA:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from finetune import METHODS
+from finetune import LORA_LAYERS, METHODS
 from hierarchy import Hierarchy
 from models import DiT_models
 
 ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
-MOST_PIXELS, MOST_CHANNELS = 1 << 14, 1 << 10
+MOST_PIXELS, MOST_CHANNELS, MOST_RANK = 1 << 14, 1 << 10, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def of_state(kind: type, check: Callable[[object], bool] = lambda value: True, *
     return field(metadata={"type": kind, "check": check, "format": STATE}, **options)
 
 
-def optional(kind: type):
-    """Return a field that a file may have, of exactly this type, and None otherwise."""
-    return field(default=None, metadata={"type": kind, "check": lambda value: True, "optional": True})
+def optional(kind: type, check: Callable[[object], bool] = lambda value: True):
+    """Return a field that a file may have, of exactly this type and passing the check, and None otherwise."""
+    return field(default=None, metadata={"type": kind, "check": check, "optional": True})
 
 
 def unwritten(**options):
@@ -63,6 +63,8 @@ class ModelDescription:
     settings     the flags that decide a run's numbers, see training.state.DECISIVE_FLAGS
     updates      optimizer updates so far, at most `step`: steps with non-finite gradients make none
     encoder      digest of the encoder of the latents, see Autoencoder.encoder_digest; None for pixels, or if unknown
+    lora_rank    rank of the low-rank updates; None if the method has none
+    lora_targets keys of finetune.LORA_LAYERS, separated by spaces; None if the method has no low-rank updates
     epoch        epochs completed
     scaler       state of the fp16 gradient scaler, or None
     format       ADAPTER or STATE; None for a checkpoint of DiT or FineDiffusion, which describes nothing
@@ -85,6 +87,8 @@ class ModelDescription:
     settings: dict | None = of_state(dict, bool, default=None)
     updates: int | None = of_state(int, lambda updates: updates >= 0, default=None)
     encoder: str | None = optional(str)
+    lora_rank: int | None = optional(int, lambda rank: 0 < rank <= MOST_RANK)
+    lora_targets: str | None = optional(str, lambda targets: set(targets.split()) <= LORA_LAYERS.keys())
     epoch: int | None = None
     scaler: dict | None = None
     format: str | None = None
@@ -96,7 +100,17 @@ class ModelDescription:
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("written", True)}
         del record["hierarchy"]
         record["base"] = vars(self.base) if self.base else None
-        left_out = ("data", "settings", "updates", "encoder", "epoch", "scaler", "format")  # if None
+        left_out = (
+            "data",
+            "settings",
+            "updates",
+            "encoder",
+            "lora_rank",
+            "lora_targets",
+            "epoch",
+            "scaler",
+            "format",
+        )  # if None
         return {name: value for name, value in record.items() if value is not None or name not in left_out}
 
     @classmethod
@@ -117,6 +131,11 @@ class ModelDescription:
                 continue
             if type(value) is not each.metadata["type"] or not each.metadata["check"](value):
                 raise ValueError(f"its description has {name} {value!r:.80}")
+        found = [values.get(name) for name in ("lora_rank", "lora_targets")]
+        if (None in found) == ("lora" in METHODS[values["method"]].trains):
+            raise ValueError(
+                f"its description has method {values['method']}, lora_rank {found[0]} and lora_targets {found[1]}"
+            )
         base = values.get("base")
         if base is not None:
             if not isinstance(base, dict) or [type(base.get(key)) for key in ("path", "sha256")] != [str, str]:

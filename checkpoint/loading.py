@@ -11,7 +11,7 @@ from checkpoint.description import STATE, Base, ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import Tensors, is_adapter, read_weights
 from checkpoint.rows import match_rows
-from finetune import METHODS, add_gammas, kind_of
+from finetune import METHODS, add_gammas, add_lora, fold_lora, kind_of
 from models import DiT, DiT_models
 from runtime.files import sha256
 from runtime.text import shorten
@@ -37,6 +37,8 @@ def build_model(description: ModelDescription, class_dropout_prob: float = 0.1, 
         null_row=description.null_row,
     )
     add_gammas(model, METHODS[description.method].gammas)
+    if description.lora_rank:
+        add_lora(model, description.lora_rank, description.lora_targets.split())
     return model
 
 
@@ -44,8 +46,8 @@ def load_weights(model: DiT, tensors: Tensors, source: str | os.PathLike, new_ta
     """Load tensors into a model, and return the names of the parameters that were left as they are.
 
     LayerNorm affines and DiffFit's gammas may be absent: a plain DiT lacks all norms, an adapter of difffit-orig on it
-    the final one. With `new_table` a class table of another shape is ignored. Raises ValueError, which names `source`,
-    if anything else is missing, unexpected or of another shape.
+    the final one. With `new_table`, a class table of another shape is ignored and low-rank updates may be absent. Raises
+    ValueError, which names `source`, if anything else is missing, unexpected or of another shape.
     """
     tensors, absent = match_state_dict(model, tensors, source, new_table)
     model.load_state_dict(tensors, strict=False)
@@ -61,7 +63,7 @@ def match_state_dict(
     if new_table and TABLE in tensors and tensors[TABLE].shape != own[TABLE].shape:
         del tensors[TABLE]
     absent = [name for name in own if name not in tensors]
-    free = {name for name in own if kind_of(name) == "gamma"} | ({TABLE} if new_table else set())
+    free = {name for name in own if kind_of(name) == "gamma" or new_table and kind_of(name) in ("table", "lora")}
     for part in ("blocks.", "final_layer."):
         norms = {name for name in own if kind_of(name) == "norm" and name.startswith(part)}
         free |= norms if norms.isdisjoint(tensors) else set()
@@ -126,7 +128,7 @@ def load_full_weights(
         raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
     if description and description.base:
         description = replace(description, trained=frozenset(tensors))
-        tensors = load_base_weights(description.base, path, base) | tensors
+        tensors = fold_lora(load_base_weights(description.base, path, base), keep=tensors) | tensors
     elif base:
         raise ValueError(f"{path} holds a complete model, expected no --base: leave it out.")
     return tensors, description
@@ -174,6 +176,7 @@ def init_from(
         table.copy_(fresh)
         return None, f"class table: {len(table):,} rows drawn"
     tensors, source = load_full_weights(path)
+    tensors = fold_lora(tensors, keep=model.state_dict())
     load_weights(model, tensors, path, new_table=True)
     rows = tensors.get(TABLE)
     if table_init == "keep" and (rows is None or rows.shape != table.shape):
@@ -192,6 +195,6 @@ def init_from(
     if carried:
         table[carried] = rows[[matches[row] for row in carried]].to(table.dtype)
     text = f"class table: {len(carried):,} rows carried over from {path}, {len(table) - len(carried):,} drawn"
-    if source and source.base and source.trained <= set(trained):
+    if source and source.base and source.trained <= set(trained) & tensors.keys():
         return source.base, text  # all that the adapter changed will be trained again: its base is enough
     return Base(str(path), sha256(path)), text

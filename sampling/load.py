@@ -10,13 +10,14 @@ from checkpoint.description import ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import is_adapter, read_weights
 from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weights, load_weights
-from finetune import kind_of
+from finetune import kind_of, merge_lora
 from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
 
 PAPER_DEFAULTS = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
+SWAPPING = "autoguidance", "domain"  # guidances that exchange trained parameters for others
 DIT_DEFAULTS = {"num_classes": 1000, "num_super_classes": 1}  # of DiT's own checkpoint, if they differ
 
 
@@ -78,6 +79,8 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[Di
         model, description, autoencoder = load_adapter_model(args, device)
     else:
         model, description, autoencoder = load_checkpoint_model(args, device)
+    if getattr(args, "guidance", None) not in SWAPPING:
+        merge_lora(model)
     return model.to(device).requires_grad_(False), description, autoencoder
 
 
@@ -179,8 +182,8 @@ def read_weak_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 def read_base_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Read the tensors of the adapter's base that replace the adapter's; its table is reduced to the null row.
 
-    Norms and DiffFit's factors that the base lacks have their initial values: 1, and 0 for the bias of a norm. Raises
-    ValueError if the base is not a plain DiT with a null row.
+    Norms, DiffFit's factors and low-rank updates that the base lacks have their initial values: 1, and 0 for the bias of a
+    norm and for an update. Raises ValueError if the base is not a plain DiT with a null row.
     """
     tensors, own = read_own_adapter(args)
     path = own.base and find_weights(args.base or own.base.path)
@@ -194,9 +197,9 @@ def read_base_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:
             "guidance."
         )
     start = {
-        name: torch.zeros_like(t) if name.endswith(".bias") else torch.ones_like(t)
+        name: torch.zeros_like(t) if name.endswith((".bias", ".lora_B")) else torch.ones_like(t)
         for name, t in tensors.items()
-        if kind_of(name) in ("norm", "gamma")
+        if kind_of(name) in ("norm", "gamma") or name.endswith(".lora_B")
     }
     other = start | {name: base[name] for name in tensors if name in base}
     return other | {TABLE: base[TABLE][-1:]}

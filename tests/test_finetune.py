@@ -10,7 +10,19 @@ from torch.testing import assert_close
 
 from checkpoint.loading import TABLE, build_model
 from diffusion import create_diffusion
-from finetune import EMA, METHODS, add_gammas, kind_of, select, store_frozen
+from finetune import (
+    EMA,
+    LORA_LAYERS,
+    METHODS,
+    add_gammas,
+    add_lora,
+    fold_gammas,
+    fold_lora,
+    kind_of,
+    merge_lora,
+    select,
+    store_frozen,
+)
 from hierarchy import Hierarchy
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
@@ -29,6 +41,8 @@ def method_model(method, seed=0):
     null = METHODS[method].embedder == "null"
     model = tiny_dit(num_super_classes=1, parents=None) if null else tiny_dit()
     add_gammas(model, METHODS[method].gammas)
+    if "lora" in METHODS[method].trains:
+        add_lora(model, 2, ["all"])
     return awake(model, seed), select(model, METHODS[method])
 
 
@@ -61,6 +75,17 @@ def test_trained_parameters_on_inaturalist(method, trained, total):
 
 def test_trained_parameters_on_vegfru():
     assert count(select(meta_xl("finediffusion", "vegfru"), METHODS["finediffusion"])) == 986_144
+
+
+@pytest.mark.parametrize("rank, trained", [(8, 1_149_696), (16, 2_181_888)])
+def test_low_rank_updates_as_difffit_counts_them(rank, trained):
+    """A table of 102 rows and updates of qkv: the rows of LoRA in DiffFit's comparison."""
+    cars = Hierarchy([str(i) for i in range(101)], ["null"], [0] * 101)
+    with torch.device("meta"):
+        model = build_model(
+            described(cars, "lora", model="DiT-XL/2", latent_size=32, lora_rank=rank, lora_targets="qkv")
+        )
+    assert count(select(model, METHODS["lora"])) == trained
 
 
 @pytest.mark.parametrize("name, latent_size", [("DiT-XL/2", 32), ("DiT-XL/2-512", 64)])
@@ -123,6 +148,42 @@ def test_a_new_selection_replaces_the_old_one(method):
 def test_a_method_without_matching_parameters_is_refused():
     with pytest.raises(AssertionError, match="gamma"):
         select(tiny_dit(), METHODS["difffit"])
+
+
+# ---- low-rank updates ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("targets", LORA_LAYERS)
+def test_low_rank_updates_change_nothing_at_first_and_merge_exactly(targets, form):
+    model = tiny_dit()
+    add_gammas(model, form)
+    awake(model)
+    expected = forward(model)
+    add_lora(model, 3, [targets])
+    assert forward(model).equal(expected)
+    awake(model, 1)
+    adapted, shapes = forward(model), {name: p.shape for name, p in tiny_dit().state_dict().items()}
+    assert (adapted - expected).abs().mean() > 1e-3
+    plain = tiny_dit()  # has neither updates nor factors
+    merged = [fold_gammas(fold_lora(model.state_dict())), fold_lora(fold_gammas(model.state_dict()))]
+    for tensors in merged:
+        assert {name: t.shape for name, t in tensors.items()} == shapes
+        plain.load_state_dict(tensors)
+        assert_close(forward(plain), adapted, atol=1e-5, rtol=1e-5)
+    merge_lora(model)
+    assert_close(forward(model), adapted, atol=1e-5, rtol=1e-5)
+    assert not any(kind_of(name) == "lora" for name in model.state_dict())
+
+
+def test_low_rank_update_against_its_formula():
+    model = awake(tiny_dit())
+    add_lora(model, 3, ["mlp"])
+    layer = awake(model, 1).blocks[0].mlp.fc1
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    expected = x @ (layer.weight + layer.lora_B @ layer.lora_A).T + layer.bias
+    assert_close(layer(x), expected)
+    assert isinstance(model.blocks[1].attn.qkv, torch.nn.Linear) and not hasattr(model.blocks[1].attn.qkv, "lora_A")
 
 
 # ---- DiffFit's gammas ----------------------------------------------------------------------------

@@ -3,16 +3,19 @@
     python -m tools.export --ckpt ADAPTER --format diffusers --out DIR [--push USER/NAME]
     python -m tools.export --ckpt ADAPTER --format dit --superclass Birds --out dit.pt
     python -m tools.export --ckpt ADAPTER --format finediffusion --out finediffusion.pt
+    python -m tools.export --ckpt ADAPTER --format peft --out DIR
 
 `diffusers`: a folder for `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`. `dit`: a plain DiT without
 LayerNorm affine; its null class is a superclass, or the model's own null row. `finediffusion`: a checkpoint of the
-official code.
+official code. `peft`: a folder for `PeftModel.from_pretrained(MODEL, DIR)`, with the low-rank updates alone, and the
+weights of MODEL, a `DiT` of models.py, into which all else that was trained is merged.
 """
 
 import argparse
 import ast
 import json
 import os
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +29,7 @@ from checkpoint.description import ModelDescription
 from checkpoint.download import DIT_FILES
 from checkpoint.format import is_adapter, write_tensors
 from checkpoint.loading import TABLE, load_adapted
-from finetune import kind_of
+from finetune import LORA_LAYERS, fold_gammas, fold_lora, kind_of
 from runtime.cli import Parser, run_command
 from runtime.files import UMASK, atomic_write
 from runtime.text import one_line
@@ -36,8 +39,8 @@ from tiered_embedder import TieredEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE_FOLDER = ROOT / "tools/diffusers_pipeline"  # code and model card of a diffusers export
-GAMMAS = {"gamma_qkv": "attn.qkv", "gamma_proj": "attn.proj", "gamma_attn": "attn.proj", "gamma_mlp": "mlp.fc2"}
-FORMATS = {"diffusers": (), "dit": (".pt", ".safetensors"), "finediffusion": (".pt",)}  # with the suffixes of --out
+# with the suffixes of --out; those without are folders
+FORMATS = {"diffusers": (), "dit": (".pt", ".safetensors"), "finediffusion": (".pt",), "peft": ()}
 # DiT's diffusion process and its default sampler
 SCHEDULER = dict(
     num_train_timesteps=1000,
@@ -54,21 +57,7 @@ EXAMPLES = """
 """
 
 
-# ---- folding, computed in float64 ----------------------------------------------------------------
-
-
-def fold_gammas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge DiffFit's factors into the linear layers whose output they scale: W' = diag(g) W, b' = g b.
-
-    See DiffFit, arXiv 2304.06648, section 3.2.
-    """
-    tensors = dict(tensors)
-    for name in [name for name in tensors if kind_of(name) == "gamma"]:
-        block, _, gamma = name.rpartition(".")
-        factor, layer = tensors.pop(name).double(), f"{block}.{GAMMAS[gamma]}"
-        for part, shape in (("weight", (-1, 1)), ("bias", (-1,))):
-            tensors[f"{layer}.{part}"] = (factor.view(shape) * tensors[f"{layer}.{part}"].double()).float()
-    return tensors
+# ---- DiT and FineDiffusion -----------------------------------------------------------------------
 
 
 def fold_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,9 +80,6 @@ def fold_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         bias[i : i + 2] = bias[i] + b * bias[i + 1] + b, g * bias[i + 1] + g - 1
         tensors |= {f"{layer}.weight": torch.cat(weight).float(), f"{layer}.bias": torch.cat(bias).float()}
     return tensors
-
-
-# ---- DiT and FineDiffusion -----------------------------------------------------------------------
 
 
 def superclass_names(description: ModelDescription) -> tuple[str, ...]:
@@ -145,6 +131,35 @@ def write_finediffusion(path: Path, tensors: dict[str, torch.Tensor], descriptio
     settings |= {"num_classes": classes, "num_super_classes": superclasses}
     record = {"model": tensors, "ema": tensors, "opt": {}, "args": settings}
     atomic_write(path, lambda part: torch.save(record, part))
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+
+def write_peft(folder: Path, tensors: dict[str, torch.Tensor], description: ModelDescription):
+    """Write the low-rank updates in the form of PEFT, and `base_model.safetensors` with all other tensors.
+
+    Raises ValueError if the adapter has no low-rank updates.
+    """
+    if not description.lora_rank:
+        raise ValueError(
+            f"The adapter was trained with --method {description.method}, expected lora or one with +lora: choose another "
+            "--format."
+        )
+    layers = {path for target in description.lora_targets.split() for path in LORA_LAYERS[target]}
+    config = {
+        "peft_type": "LORA",
+        "r": description.lora_rank,
+        "lora_alpha": description.lora_rank,  # PEFT multiplies by lora_alpha / r
+        "target_modules": rf"blocks\.\d+\.({'|'.join(re.escape(path) for path in sorted(layers))})",
+        "inference_mode": True,
+    }
+    updates = {name: t for name, t in tensors.items() if kind_of(name) == "lora"}
+    base = {name: t for name, t in tensors.items() if name not in updates}
+    updates = {f"base_model.model.{name}.weight": t for name, t in updates.items()}
+    write_tensors(folder / "base_model.safetensors", base, {"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", updates, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- diffusers -----------------------------------------------------------------------------------
@@ -294,7 +309,7 @@ def export(args: argparse.Namespace):
         model, description = load_adapted(args.ckpt, args.base)
     else:
         model, description, autoencoder = load_model(args, "cpu")
-    tensors = fold_gammas(model.state_dict())
+    tensors = fold_gammas(model.state_dict() if args.format == "peft" else fold_lora(model.state_dict()))
     if args.format == "dit":
         row = null_row(model.y_embedder, superclass_names(description), args.superclass)
         write_dit(out, tensors, [*range(model.y_embedder.num_classes), row])
@@ -302,8 +317,12 @@ def export(args: argparse.Namespace):
         write_finediffusion(out, tensors, description)
     else:
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
         try:
-            write_diffusers(part, model, tensors, description, autoencoder, args.push or out.name)
+            if args.format == "peft":
+                write_peft(part, tensors, description)
+            else:
+                write_diffusers(part, model, tensors, description, autoencoder, args.push or out.name)
             part.rename(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)

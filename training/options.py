@@ -5,7 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 
-from finetune import METHODS
+from finetune import LORA_LAYERS, METHODS
 from models import DiT_models
 from runtime.cli import Parser
 from runtime.device import PRECISIONS
@@ -66,7 +66,20 @@ def add_model_flags(add: Callable):
 
 
 def add_method_flags(add: Callable):
-    add("--method", choices=list(METHODS), default="finediffusion", help="which parameters are trained")
+    add(
+        "--method",
+        choices=list(METHODS),
+        default="finediffusion",
+        help="which parameters are trained; lora and +lora: low-rank updates of linear layers",
+    )
+    add("--lora-rank", type=int, default=8, help="rank of the low-rank updates")
+    add(
+        "--lora-targets",
+        nargs="+",
+        choices=list(LORA_LAYERS),
+        default=["all"],
+        help="linear layers of each block with low-rank updates; adaln: its modulation",
+    )
     add(
         "--embedder",
         choices=["tiered", "null"],
@@ -95,6 +108,7 @@ def add_optimisation_flags(add: Callable):
     add("--global-batch-size", type=int, default=256, help="images per optimizer step, over all processes")
     add("--lr", type=float, help="learning rate of AdamW; if not given, the method's: 1e-4, or 1e-3 for difffit-orig")
     add("--table-lr", type=float, help="learning rate of the class table; if not given, --lr")
+    add("--lora-lr", type=float, help="learning rate of the low-rank updates; if not given, --lr")
     add(
         "--lr-schedule",
         choices=["constant", "cosine"],
@@ -169,10 +183,12 @@ ABOVE_ZERO = (
     "keep_states",
     "lr",
     "table_lr",
+    "lora_lr",
+    "lora_rank",
     "clip_grad",
 )
 NOT_NEGATIVE = "table_std", "num_workers", "preview_images", "max_bad_images"
-FINITE = "lr", "table_lr", "table_std", "clip_grad"
+FINITE = "lr", "table_lr", "lora_lr", "table_std", "clip_grad"
 
 
 def check_values(args: argparse.Namespace, names: Iterable[str], valid: Callable[[float], bool], expected: str):
@@ -212,5 +228,5 @@ def resolve_defaults(args: argparse.Namespace):
     """Fill in place the learning rates that were not given; afterwards `args` is only read."""
     if args.lr is None:
         args.lr = METHODS[args.method].lr
-    if args.table_lr is None:
-        args.table_lr = args.lr
+    args.table_lr = args.lr if args.table_lr is None else args.table_lr
+    args.lora_lr = args.lr if args.lora_lr is None else args.lora_lr

@@ -102,7 +102,7 @@ def begin(args: argparse.Namespace) -> Run:
     path, tensors, saved = choose_state(accelerator, states)
     model, parameters, description, note = load_model(args, accelerator, description, path, saved, half)
     ema = EMA(parameters, args.ema_decay, args.ema_warmup)
-    optimizer = adamw(parameters, args.lr, args.table_lr)
+    optimizer = adamw(parameters, args.lr, args.table_lr, args.lora_lr)
 
     # From here on the folder is ours:
     lock = run_on_main(accelerator, lock_run_dir, folder)
@@ -235,6 +235,8 @@ def describe(
     """
     settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
     settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
+    lora = "lora" in METHODS[args.method].trains
+    settings |= {"lora_lr": args.lora_lr} if lora else {}
     return ModelDescription(
         model=args.model,
         image_size=args.image_size,
@@ -244,6 +246,8 @@ def describe(
         method=args.method,
         embedder=args.embedder or METHODS[args.method].embedder,
         null_row=args.null_prob > 0,
+        lora_rank=args.lora_rank if lora else None,
+        lora_targets=" ".join(sorted(set(args.lora_targets))) if lora else None,
         hierarchy=hierarchy,
         data=fingerprint,
         encoder=encoder,

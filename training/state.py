@@ -18,6 +18,7 @@ from torch import nn
 from checkpoint.description import STATE, ModelDescription
 from checkpoint.format import is_adapter, read_description, read_digest, read_weights, save_safetensors
 from checkpoint.loading import load_base_weights, load_weights
+from finetune import fold_lora
 from models import DiT
 from runtime.processes import ask_main
 from runtime.text import one_line
@@ -110,7 +111,7 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
     current        description of the run that resumes
     allow_changes  accept other data and other settings
     """
-    for key in ("model", "image_size", "method", "embedder", "hierarchy"):
+    for key in ("model", "image_size", "method", "lora_rank", "lora_targets", "embedder", "hierarchy"):
         before, now = getattr(saved, key), getattr(current, key)
         if before != now:
             raise ValueError(
@@ -154,7 +155,8 @@ def load_run_base(path: Path, description: ModelDescription, model: DiT, resume:
     if base:
         adapter_base = read_description(resume).base if is_adapter(resume) else None
         place = None if adapter_base and adapter_base.sha256 == base.sha256 else resume
-        load_weights(model, load_base_weights(base, path, place), base.path, new_table=True)
+        tensors = fold_lora(load_base_weights(base, path, place), keep=model.state_dict())
+        load_weights(model, tensors, base.path, new_table=True)
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.tiny_models import PETS, TinyDiT, golden, refusal, same
+from helpers.tiny_models import PETS, TinyDiT, golden, lora_fields, refusal, same
 
 from checkpoint.description import Base, ModelDescription
 from checkpoint.format import is_adapter, read_weights, save_adapter
 from checkpoint.loading import build_model, init_from, load_adapted, load_full_weights
 from diffusion import create_diffusion
-from finetune import EMA, METHODS, kind_of, select
+from finetune import EMA, METHODS, fold_lora, kind_of, select
 from hierarchy import Hierarchy
 from models import DiT_models
 from runtime.files import sha256
@@ -39,7 +39,7 @@ def plain(tmp_path):
 class Run:
     """A fine-tune from the weights at `path`; after that its numbers depend on the step alone."""
 
-    def __init__(self, method, path=None, embedder=None, model="tiny", seed=0):
+    def __init__(self, method, path=None, embedder=None, model="tiny", seed=0, **lora):
         self.description = ModelDescription(
             model=model,
             image_size=64,
@@ -51,6 +51,7 @@ class Run:
             hierarchy=PETS,
             data="abc",
             settings=dict.fromkeys(DECISIVE_FLAGS),
+            **lora_fields(method, **lora),
         )
         torch.manual_seed(seed)
         self.model = build_model(self.description)
@@ -134,6 +135,27 @@ def test_without_a_base_an_adapter_is_the_whole_model(method, tmp_path):
     assert same(load_adapted(path)[0].state_dict(), run.averaged()) and same(load_full_weights(path)[0], run.averaged())
     with refusal("whole.safetensors holds a complete model, expected no --base"):
         load_adapted(path, base=path)
+
+
+@pytest.mark.parametrize("rank, targets, original", [(2, "attn", True), (3, "all", False), (2, "mlp", False)])
+def test_a_fine_tune_of_low_rank_updates(rank, targets, original, plain, tmp_path):
+    """Updates that are trained on keep the original base. Those of another rank or layer become a part of the base."""
+    first = Run("lora", plain, targets="attn").steps(2)
+    path = first.save(tmp_path / "first.safetensors")
+    second = Run("lora", path, rank=rank, targets=targets)
+    assert second.description.base.path == str(plain if original else path)
+    expected = fold_lora(first.averaged())
+    start = fold_lora(second.model.state_dict())
+    assert all((start[name] - expected[name]).abs().max() < 1e-6 for name in expected)
+    second.steps(2)
+    model, _ = load_adapted(second.save(tmp_path / "second.safetensors"))
+    assert same(model.state_dict(), second.averaged())
+    third = Run("finediffusion", tmp_path / "second.safetensors", embedder="null").steps(1)
+    model, _ = load_adapted(third.save(tmp_path / "third.safetensors"))
+    assert same(model.state_dict(), third.averaged())
+    state = third.save_state(tmp_path / "0000001.safetensors")
+    again = Run("finediffusion", embedder="null").go_on_from(state)
+    assert same(again.everything(), third.everything())
 
 
 def test_half_precision_adapters(plain, tmp_path):

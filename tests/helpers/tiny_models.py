@@ -33,7 +33,13 @@ tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, pa
 def described(hierarchy, method="finediffusion", **more):
     """The description in an adapter of a DiT-Ti/2 of 8 pixels."""
     about = dict(model="DiT-Ti/2", image_size=8, latent_size=8, channels=3, vae="none", method=method, step=7)
+    about |= lora_fields(method)
     return ModelDescription(**about | dict(embedder=METHODS[method].embedder, hierarchy=hierarchy) | more)
+
+
+def lora_fields(method, rank=2, targets="all"):
+    """The fields of a description that belong to low-rank updates."""
+    return dict(lora_rank=rank, lora_targets=targets) if "lora" in METHODS[method].trains else {}
 
 
 def make(root, *files):

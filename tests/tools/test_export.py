@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from checkpoint.description import Base
 from checkpoint.format import read_weights
 from checkpoint.loading import build_model, load_adapted, load_weights
-from finetune import METHODS
+from finetune import METHODS, fold_gammas, fold_lora
 from hierarchy import Hierarchy
 from models import DiT_models
 from tools import export
@@ -78,7 +78,7 @@ def test_folding_is_exact(method):
     classes = Hierarchy([*"abcde"], ["x", "y"], PARENTS)
     model = build_model(described(classes, method, embedder="tiered"))
     awake(model, std=0.06).eval()
-    tensors = export.fold_norms(export.fold_gammas(model.state_dict()))
+    tensors = export.fold_norms(fold_gammas(fold_lora(model.state_dict())))
     x, t, y = inputs(model, [0, 3, 4, 5, 6])
     expected = model(x, t, y)
     assert expected.std() > 0.1 and relative(plain_dit(tensors, x, t, y, 4), expected) < 1e-5
