@@ -35,12 +35,12 @@ from evaluation.image_sets import (
     Pixels,
     check_sets,
     choose_hierarchy,
-    image_notes,
     open_pixels,
     open_set,
 )
 from evaluation.metrics import KID_SUBSETS
 from evaluation.networks import Networks, check_networks, load_networks, recorded_networks
+from evaluation.notes import image_notes, label_notes
 from evaluation.options import check_settings, parse_args
 from evaluation.plan import SAMPLE, make_plan
 from evaluation.reports import text_table, write_report
@@ -185,12 +185,8 @@ def list_notes(
     settings: of the sampling, see `read_sample_settings`
     rows: {"overall" or superclass: metrics}
     """
-    fake, notes = sets[1], image_notes(sets, hierarchy, [each.digests for each in compared])
-    if settings and hierarchy and fake.kind == "npz":
-        if settings.get("hierarchy", hierarchy.digest()) != hierarchy.digest():
-            notes.append(
-                f"{fake.path} was sampled with another hierarchy than {hierarchy.name}: check that the labels mean the same."
-            )
+    notes = image_notes(sets, hierarchy, [each.digests for each in compared])
+    notes += label_notes(sets, hierarchy, settings) if hierarchy else []
     counts = {name: (row["n_real"], row["n_fake"]) for name, row in rows.items()}
     few = [name for name, both in counts.items() if any(n is not None and n < FEW_IMAGES for n in both)]
     if few and networks.features:

@@ -17,7 +17,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
 from finetune import store_frozen
 from guidance import hash_integer
-from hierarchy.layouts import folder_names
 from runtime.cli import Parser, check_range, run_command
 from runtime.device import DTYPES, PRECISIONS, resolve_precision
 from runtime.files import sha256
@@ -175,7 +173,7 @@ def sample_missing(store: Store, generate: Callable, seed: int, batch_size: int,
 def sample(args: argparse.Namespace):
     """Sample the images of a run that do not exist yet; called by every process."""
     # Set up processes:
-    state = start_processes(timeout=timedelta(days=7))
+    state = start_processes()
     device, rank, world = state.device, state.process_index, state.num_processes
     count = args.num_fid_samples
     if world > count:
@@ -206,7 +204,7 @@ def sample(args: argparse.Namespace):
 
     # Sample the missing images:
     folder = Path(args.sample_dir, args.name or run_name(args, description))
-    store = Store(folder, labels, folder_names(hierarchy.classes), description.image_size, args.format)
+    store = Store(folder, labels, hierarchy.classes, description.image_size, args.format)
     batch_size = 1 if device.type == "cpu" else args.per_proc_batch_size
 
     def generate(numbers):

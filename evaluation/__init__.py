@@ -1,11 +1,13 @@
 """The evaluation behind evaluate.py, from low to high:
 
 metrics                             formulas, from features alone
+class_names                         classes of files and of the comparison, matched by name
 npz_sets, saved_statistics          .npz files of images and of statistics
 image_sets                          sets to compare: their labels and pixels
 weights, features, networks         the networks and their files
 plan, reduction, diversity          parts of the pass over a set of images
 image_pass                          the pass
 comparison                          the metrics of two sets
+notes                               sentences about possible problems
 reports                             tables and files
 """

@@ -247,39 +247,3 @@ def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[in
             )
     crops = [bool(image_size) or each is sets[0] and each is not reference for each in sets]
     return size, [Pixels(each, size, crop) if each in with_images else None for each, crop in zip(sets, crops)]
-
-
-# ---- notes ---------------------------------------------------------------------------------------
-
-
-def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, digests: list[np.ndarray | None]) -> list[str]:
-    """Return sentences about possible problems with the images: compression, copies, missing classes.
-
-    digests: (N,) of each set's pixels, None for statistics
-    """
-    notes = []
-    with_images = [(each, digest) for each, digest in zip(sets, digests) if digest is not None]
-    lossy = [each for each, _ in with_images if each.count_lossy()]
-    if len(with_images) == 2 and len(lossy) == 1:
-        notes.append(
-            f"{lossy[0].count_lossy():,} files of {lossy[0].path} have lossy compression, and none of the other set: FID is "
-            "sensitive to it."
-        )
-    for each, digest in with_images:
-        copies = len(digest) - len(np.unique(digest))
-        if copies:
-            notes.append(f"{copies:,} images of {each.path} are exact copies of other images in it.")
-        single = int((np.bincount(each.labels) == 1).sum())
-        if hierarchy and single:
-            notes.append(f"{single:,} classes of {each.path} have one image: LPIPS within a class leaves them out.")
-    if len(with_images) == 2:
-        (real, real_digest), (fake, fake_digest) = with_images
-        copies = int(np.isin(fake_digest, real_digest).sum())
-        if copies:
-            notes.append(f"{copies:,} images of {fake.path} are exact copies of images of {real.path}.")
-        for each, other in ((real, fake), (fake, real)):
-            missing = sorted(set(other.labels.tolist()) - set(each.labels.tolist()))
-            if missing:
-                names = shorten(hierarchy.classes[c] for c in missing)
-                notes.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
-    return notes

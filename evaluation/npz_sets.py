@@ -2,6 +2,7 @@
 
     arr_0, uint8 (N, H, W, 3)          images
     arr_1 or labels, int (N,)          their labels
+    classes, str (classes,)            the name of each label's class, if the file has them
 
 Files of statistics: see saved_statistics.py.
 """
@@ -14,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from evaluation.class_names import match_classes
 from hierarchy import Hierarchy
 from runtime.text import one_line, shorten
 
@@ -105,9 +107,10 @@ class Arrays:
     path        the file
     labelled    True if the file has labels
     labels      int64 (N,) after `label`, None before
+    by_name     True if the file names its classes and `label` found them by their names
     """
 
-    kind = "npz"
+    kind, by_name = "npz", False
 
     def __init__(self, path: Path, members: dict[str, Member]):
         if "arr_0" not in members:
@@ -132,23 +135,47 @@ class Arrays:
             raise ValueError(
                 f"{path} has labels of the shape {self.given.shape}, expected ({images.shape[0]},): write it again."
             )
+        self.classes = self.read_classes(members) if "classes" in members and self.labelled else None
+
+    def read_classes(self, members: dict[str, Member]) -> list[str]:
+        """Return the names of the classes. Raises ValueError if they are no list of unique names that has all labels."""
+        names = read_array(self.path, members, "classes", "U")
+        if names.ndim != 1 or len(set(names.tolist())) < len(names) or not self.given.max() < len(names):
+            raise ValueError(
+                f"{self.path} has classes of the shape {names.shape} for labels up to {self.given.max()}, expected a name of its "
+                "own for each label: write it again."
+            )
+        return names.tolist()
 
     def own_hierarchy(self) -> Hierarchy:
         """Raise ValueError: an .npz file has no names."""
         raise ValueError(f"{self.path} has labels, which are only numbers.")
 
     def label(self, hierarchy: Hierarchy | None):
-        """Set `labels`, all 0 if the hierarchy is None. Raises ValueError if a label is out of range."""
+        """Set `labels`, all 0 if the hierarchy is None.
+
+        Raises ValueError if a label is out of range, or if the hierarchy lacks a class of the images.
+        """
         if hierarchy is None:
             self.labels = np.zeros(len(self), dtype=np.int64)
             return
-        out_of_range = (self.given < 0) | (self.given >= hierarchy.num_classes)
+        count = len(self.classes) if self.classes else hierarchy.num_classes
+        out_of_range = (self.given < 0) | (self.given >= count)
         if out_of_range.any():
             raise ValueError(
-                f"{self.path} has the label {self.given[out_of_range][0]}, expected 0 to {hierarchy.num_classes - 1} of "
-                f"{hierarchy.name}: pass another --hierarchy."
+                f"{self.path} has the label {self.given[out_of_range][0]}, expected 0 to {count - 1} of {hierarchy.name}: pass "
+                "another --hierarchy."
             )
         self.labels = self.given.astype(np.int64)
+        if self.classes:
+            matching = match_classes(self.classes, hierarchy)
+            self.labels, self.by_name = matching.labels[self.given], matching.by_name
+            unknown = dict.fromkeys(self.classes[i] for i in self.given[self.labels < 0])
+            if unknown:
+                raise ValueError(
+                    f"{self.path} has images of {len(unknown)} classes that {hierarchy!r} lacks ({shorten(unknown)}): pass the "
+                    "--hierarchy that they were sampled with."
+                )
 
     def present(self, hierarchy: Hierarchy) -> set[int]:
         """Return the superclasses that have images."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from evaluation.class_names import same_members
 from evaluation.metrics import Gaussian
 from evaluation.npz_sets import Member, damaged_file, read_array
 from hierarchy import Hierarchy
@@ -89,11 +90,11 @@ class Statistics:
         return Hierarchy.from_dict(self.record["hierarchy"])
 
     def label(self, hierarchy: Hierarchy | None):
-        """Raise ValueError if the superclasses are not those of the hierarchy; there are no images to label."""
-        if hierarchy and set(hierarchy.superclasses) != set(self.record["hierarchy"]["superclasses"]):
+        """Raise ValueError if the superclasses or their classes are not those of the hierarchy; no image has a label."""
+        if hierarchy and not same_members(self.own_hierarchy(), hierarchy):
             raise ValueError(
-                f"{self.path} has other superclasses than {hierarchy!r}, expected the same: pass the --hierarchy it was made "
-                "with."
+                f"{self.path} has other superclasses than {hierarchy!r}, or other classes in them, expected the same: pass the "
+                "--hierarchy it was made with."
             )
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
     <folder>/settings.json          the settings that determine the images; a run with others is refused
     <folder>/<class>/<k:06d>.png    format "png" or "both"
     <folder>.npz                    format "npz" or "both", as ADM's evaluation reads it:
-                                    arr_0 uint8 (N, H, W, 3), arr_1 int64 labels (N,)
+                                    arr_0 uint8 (N, H, W, 3), arr_1 int64 labels (N,), classes: the names of the classes
     <folder>/rows, <folder>/digests until the npz is complete: its pixels, and a hash of 8 bytes for each image in it
 
 Image k exists if its PNG is intact and its row matches its hash. No list is kept that could disagree with the files.
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hierarchy.layouts import folder_names
 from runtime.files import LOCK_FILE, Lock, atomic_write, nearest_existing, path_in_errors
 
 FORMATS = ("png", "npz", "both")
@@ -82,13 +83,14 @@ class NpzFile:
 
     folder      the run's folder, for rows and digests
     labels      int64 (N,)
+    classes     name of each class
     image_size  height and width
     """
 
-    def __init__(self, folder: Path, labels: np.ndarray, image_size: int):
+    def __init__(self, folder: Path, labels: np.ndarray, classes: Sequence[str], image_size: int):
         self.path = folder.with_name(folder.name + ".npz")
         self.rows, self.digests = folder / "rows", folder / "digests"
-        self.labels = labels
+        self.labels, self.classes = labels, np.array(classes)
         self.shape = len(labels), image_size, image_size, 3
         self.image_bytes = 3 * image_size**2
 
@@ -172,8 +174,9 @@ class NpzFile:
                                 f"Image {k} in {self.rows} is damaged: run the same command again to sample it again."
                             )
                         entry.write(row)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-                np.lib.format.write_array(entry, self.labels)
+            for name, array in (("arr_1", self.labels), ("classes", self.classes)):
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as entry:
+                    np.lib.format.write_array(entry, array)
 
 
 class Store:
@@ -181,7 +184,7 @@ class Store:
 
     folder         the run's folder
     labels         int64 (N,)
-    class_folders  name of the folder of each class
+    classes        name of each class
     image_size     height and width
     format         one of FORMATS
     """
@@ -190,13 +193,13 @@ class Store:
         self,
         folder: str | os.PathLike,
         labels: Sequence[int],
-        class_folders: Sequence[str],
+        classes: Sequence[str],
         image_size: int,
         format: str,
     ):
         self.folder, self.labels = Path(folder), np.asarray(labels, np.int64)
-        self.png = PngFolder(self.folder, self.labels, class_folders, image_size) if format != "npz" else None
-        self.npz = NpzFile(self.folder, self.labels, image_size) if format != "png" else None
+        self.png = PngFolder(self.folder, self.labels, folder_names(classes), image_size) if format != "npz" else None
+        self.npz = NpzFile(self.folder, self.labels, classes, image_size) if format != "png" else None
         self.formats = [each for each in (self.png, self.npz) if each]
         self.lock = None
 

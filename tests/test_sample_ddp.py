@@ -27,7 +27,7 @@ run, here = sampling_runs.run, sampling_runs.here
 
 def opened(path):
     with np.load(path, allow_pickle=False) as archive:
-        assert sorted(archive) == ["arr_0", "arr_1"]
+        assert sorted(archive) == ["arr_0", "arr_1", "classes"] and archive["classes"].tolist() == NAMES
         return archive["arr_0"], archive["arr_1"]
 
 
@@ -196,6 +196,10 @@ def test_pngs_by_class_and_the_npz_of_adm(here, tmp_path, monkeypatch):
             assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels[k])
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == sorted({*NAMES, "settings.json"})
     assert pixels.std() > 10 and len({image.tobytes() for image in pixels}) == 11
+    # an npz of an earlier version, without the names of the classes, is complete too
+    np.savez(tmp_path / "x.npz", arr_0=pixels, arr_1=labels)
+    earlier = (tmp_path / "x.npz").read_bytes()
+    assert here("x").code == 0 and (tmp_path / "x.npz").read_bytes() == earlier
 
 
 @pytest.mark.parametrize("form, expected", [("png", {"png"}), ("npz", {"npz"})])
