@@ -119,7 +119,7 @@ def save_real(
             "overall": real.diversity(None, args.seed),
             "superclasses": {name: real.diversity(s, args.seed) for name, s in groups.items() if name and real.n(s)},
         }
-        record = {"network": network.record, "crop": size, "lpips": lpips}
+        record = {"network": network.record, "crop": size, "pixels": real.pixels(), "lpips": lpips}
         save_statistics(args.save_stats, gaussians, record, hierarchy)
     if args.save_adm:
         rows, spatial = np.flatnonzero(real.plan.sampled), real.gaussian(moments_name(network.name, "spatial"), None)
@@ -233,7 +233,13 @@ def build_report(
         "superclasses": rows,
         "notes": list_notes(sets, compared, hierarchy, networks, settings, {**rows, "overall": overall}),
         **{
-            name: {"path": str(each.path), "kind": each.kind, "n": measured.n(None), "seconds": measured.seconds}
+            name: {
+                "path": str(each.path),
+                "kind": each.kind,
+                "n": measured.n(None),
+                "pixels": measured.pixels(),
+                "seconds": measured.seconds,
+            }
             for name, each, measured in zip(("real", "fake"), sets, compared)
         },
         "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.digest()},

@@ -5,6 +5,8 @@ the same methods; those that a `SavedSet` cannot answer return None, and so do t
 superclass, or None for all images.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -43,6 +45,10 @@ class MeasuredSet:
         self.result, self.plan, self.device = result, result.plan, device
         self.digests, self.seconds = result.digests, result.seconds
         self.kept = "all" if self.plan.kept.all() else "sample"
+
+    def pixels(self) -> str:
+        """Return a SHA-256 (hex) of the pixels of all images, whatever their order."""
+        return hashlib.sha256(np.sort(self.digests).tobytes()).hexdigest()
 
     def n(self, s: int | None) -> int:
         """Return the number of images."""
@@ -119,6 +125,10 @@ class SavedSet:
     def gaussian(self, s: int | None) -> Gaussian:
         """Return the saved mean and covariance."""
         return self.statistics.gaussians[None if s is None else self.superclasses[s]]
+
+    def pixels(self) -> str | None:
+        """Return `MeasuredSet.pixels` of the images that the statistics were made of, None if unknown."""
+        return self.statistics.record.get("pixels")
 
     def n(self, s: int | None) -> int | None:
         """Return the number of images, None if unknown."""

@@ -2,7 +2,7 @@
 
 mu (d,), sigma (d, d)                                           of all images, as pytorch-fid reads them
 superclass_n (S,), superclass_mu (S, d), superclass_sigma (S, d, d)   by superclass, if there is a hierarchy
-n, record                                                       number of images; JSON: format, network, crop, hierarchy
+n, record                     number of images; JSON: format, network, crop, pixels (their digest), lpips, hierarchy
 """
 
 import io
@@ -129,7 +129,7 @@ def save_statistics(
     """Write statistics that `Statistics` and pytorch-fid read.
 
     gaussians: {None: of all images, superclass name: of its images or None}
-    record: "network", "crop" and "lpips"
+    record: "network", "crop", "pixels" and "lpips"
     """
     overall = gaussians[None]
     text = json.dumps({"format": STATISTICS_FORMAT, **record, "hierarchy": hierarchy and hierarchy.to_dict()})

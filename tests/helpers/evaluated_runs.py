@@ -50,9 +50,9 @@ class EvaluatedRuns:
                 "superclasses": {each: {"fid": fid + 1 + i} for i, each in enumerate(hierarchy.superclasses)},
                 "comparable": True,
                 "not_comparable": [],
-                "real": {"n": 90},
+                "real": {"n": 90, "pixels": "a" * 64},
                 "fake": {"n": 100},
-                "choices": {"networks": [{"name": "inception"}]},
+                "choices": {"networks": [{"name": "inception"}], "image_size": 8},
                 "sampling": SETTINGS | {"ckpt_sha256": sha256(adapter)} | (settings or {}),
             }
             file = self.root / f"evaluation/{name}-{step}/metrics.json"

@@ -1,5 +1,7 @@
 """Separation of class rows by superclass, and the table of an adapter or checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,11 @@ def test_the_table_of_an_adapter_and_of_a_checkpoint(adapter, official, images, 
     rows, tops, hierarchy = class_rows.read_class_table(adapter)
     table = read_weights(adapter)[0][TABLE]
     assert rows.equal(table[:5]) and tops.equal(table[5:]) and hierarchy.classes == tuple(NAMES)
+    dogs_first = Hierarchy(NAMES, ["dogs", "cats"], [0, 0, 0, 1, 1], "turned")  # of the same counts
+    (tmp_path / "turned.json").write_text(json.dumps(dogs_first.to_dict()))
+    with refusal("--hierarchy is .*turned.*, expected .*, on which the adapter was trained"):
+        class_rows.read_class_table(adapter, tmp_path / "turned.json")
+    assert class_rows.read_class_table(adapter, images)[2].classes == tuple(NAMES)
     rows, tops, _ = class_rows.read_class_table(official, images)
     assert rows.shape[0] == 5 and tops.shape[0] == 2
     with refusal("does not contain the superclasses", "pass --hierarchy"):

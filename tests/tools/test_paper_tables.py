@@ -2,9 +2,11 @@
 
 import pytest
 from helpers.evaluated_runs import EvaluatedRuns, change
+from helpers.tiny_models import refusal
 
 from finetune import METHODS
 from hierarchy import Hierarchy
+from runtime.files import sha256
 from tools.figures import paper_tables, scores
 from tools.figures.__main__ import main
 
@@ -110,6 +112,7 @@ def test_ours_stands_beside_the_paper(tables, runs):
     assert "| FineDiffusion | 12.382 | 0.667 |" in lines  # Table 4 has none of ours
     text = "\n".join(lines)
     assert "step 9, 100 against 90 images, superclass guidance 4.0, 250 ddpm steps" in text
+    assert "null guidance 4.0, 250 ddpm steps" in text  # full fine-tuning has no superclass rows
     assert text.count("NOT COMPARABLE: random weights") == 2  # Tables 1 and 2
 
 
@@ -129,3 +132,17 @@ def test_another_data_set_or_setting_gets_a_table_of_its_own(tables, runs):
     assert "| LPIPS | overall | x | y |" in lines and "| pets, step 200 | 0.500 | – | – |" in lines
     assert any(line.startswith("| tiered, step 9 | 7.000 |") for line in lines)
     assert "| FID | Full | BitFit | DiffFit | FineDiffusion |" in lines  # nothing of ours beside the paper
+
+
+def test_a_released_checkpoint_fills_a_row(tables, runs, tmp_path):
+    entry, released = runs.write("ours", fids={9: 11.25}), tmp_path / "FineDiffusion.pt"
+    released.write_bytes(b"weights")
+    settings = {"ckpt_sha256": sha256(released), "hierarchy": INAT.digest(), "model": "DiT-XL/2", "image_size": 256}
+    (file,) = runs.files["ours"]
+    change(file, sampling=settings, real={"path": str(tmp_path / "absent")})
+    lines = tables("--runs", entry, f"released={released}", "--metrics", file)
+    assert "| overall | 10.662 | – | 10.586 | – | 10.788 | – | 9.776 | 11.250 |" in lines
+    assert any("a checkpoint, 100 against 90 images, superclass guidance 4.0" in line for line in lines)
+    change(file, sampling={"hierarchy": "0" * 64})
+    with refusal("does not name its classes, expected those of inat2021 or .*absent", "restore the real images"):
+        scores.match({"released": released}, [file])

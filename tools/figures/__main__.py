@@ -68,7 +68,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, without: tuple[str, ..
 def add_run_options(parser: argparse.ArgumentParser, required: bool = True):
     """Add the flags that name runs and their evaluations."""
     add = parser.add_argument_group("runs").add_argument
-    add("--runs", nargs="+", required=required, metavar="NAME=FOLDER", help="runs of train.py")
+    add("--runs", nargs="+", required=required, metavar="NAME=PATH", help="runs of train.py, adapters or checkpoints")
     add("--metrics", nargs="+", required=required, metavar="FILE", help="metrics.json files of evaluate.py")
 
 

@@ -12,6 +12,7 @@ from checkpoint.download import find_weights
 from checkpoint.format import read_weights
 from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
+from sampling.load import match_hierarchy
 
 
 def read_class_table(
@@ -19,12 +20,13 @@ def read_class_table(
 ) -> tuple[torch.Tensor, torch.Tensor | None, Hierarchy]:
     """Read the class rows (N, D), superclass rows (S, D) or None, and hierarchy of an adapter or checkpoint; float32.
 
-    spec: the hierarchy of a checkpoint, as for `Hierarchy.load`
+    spec: the hierarchy of a checkpoint, as for `Hierarchy.load`; for an adapter only names of its classes are new
 
-    Raises ValueError if the superclasses are unknown, or the table does not fit the hierarchy.
+    Raises ValueError if the superclasses are unknown, the hierarchy is not the adapter's, or the table does not fit it.
     """
     tensors, description = read_weights(find_weights(path))
-    hierarchy = Hierarchy.load(spec) if spec else description and description.hierarchy
+    own, hierarchy = description and description.hierarchy, Hierarchy.load(spec) if spec else None
+    hierarchy = match_hierarchy(hierarchy, own) if hierarchy and own else hierarchy or own
     if hierarchy is None:
         raise ValueError(
             f"{path} does not contain the superclasses of its classes: pass --hierarchy, such as inat2021."

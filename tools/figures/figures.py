@@ -151,12 +151,12 @@ def tsne(args: argparse.Namespace) -> Figure:
 
 
 def load_scores(args: argparse.Namespace) -> tuple[dict[str, list[scores.Score]], str, str]:
-    """Return the scores of --runs and --metrics by run and step, the label of the metric's axis, and a warning or ""."""
+    """Return the scores of --runs and --metrics by legend and step, the label of the metric's axis, and a warning or ""."""
     found = scores.match(parse_named(args.runs, "--runs"), args.metrics)
     scores.check_alike(found)
-    title, _, better = scores.METRICS.get(args.metric, (args.metric, "", ""))
-    label = f"{title} ({better} is better)" if better else title
-    return scores.by_run(found), label, scores.comparability_warning(found)
+    runs = scores.by_run(found)
+    legends, warning = scores.legends(runs), scores.comparability_warning(found)
+    return {legends[name]: several for name, several in runs.items()}, scores.axis_label(args.metric), warning
 
 
 def tradeoff(args: argparse.Namespace) -> Figure:

@@ -22,7 +22,7 @@ from dataset.images import center_crop
 from evaluation.image_sets import Folder
 from guidance import Guidance
 from hierarchy import Hierarchy
-from runtime.device import check_gpu
+from runtime.device import check_gpu, half_dtype, resolve_precision, set_tf32
 from runtime.text import one_line, shorten
 from sampling.grid import caption
 from sampling.load import build_guidance, load_model
@@ -37,6 +37,7 @@ class Source:
     description: ModelDescription
     autoencoder: Autoencoder
     guidance: Guidance
+    half: torch.dtype | None  # half-precision type of the network
 
 
 def load_source(args: argparse.Namespace, path: str | os.PathLike) -> Source:
@@ -47,11 +48,13 @@ def load_source(args: argparse.Namespace, path: str | os.PathLike) -> Source:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
     args = argparse.Namespace(**vars(args) | {"ckpt": path})
-    model, description, autoencoder = load_model(args, device)
+    set_tf32(args.tf32)
+    half = half_dtype(resolve_precision(args.mixed_precision, device))
+    model, description, autoencoder = load_model(args, device, half)
     guidance = build_guidance(args, model)
     if args.compile:
         model.compile_blocks()
-    return Source(model, description, autoencoder, guidance)
+    return Source(model, description, autoencoder, guidance, half)
 
 
 def sample_images(
@@ -67,7 +70,7 @@ def sample_images(
         for i in range(0, len(labels), args.batch_size):
             part = slice(i, i + args.batch_size)
             streams = [(args.seed, key, 0) for key in keys[part]]
-            options = dict(sampler=args.sampler, steps=args.num_sampling_steps)
+            options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=source.half)
             latents = sample_keyed(source.model, labels[part], streams, source.guidance, **options)
             pixels = to_uint8(source.autoencoder.decode(latents)).permute(0, 2, 3, 1)
             images += list(pixels.numpy())

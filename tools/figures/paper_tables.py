@@ -168,9 +168,9 @@ def other_tables(scores: Sequence[Score]) -> Iterator[str]:
     for (hierarchy, size), several in groups.items():
         parts = [f"### {hierarchy.name} at {size} pixels"]
         superclasses = list(dict.fromkeys(name for score in several for name in score.report["superclasses"]))
-        named = {f"{score.run}, step {score.step:,}, {score.path}": score for score in several}
+        named = {f"{score.run}, {score.step_text}, {score.path}": score for score in several}
         if len({(score.run, score.step) for score in several}) == len(several):  # short names suffice
-            named = {f"{score.run}, step {score.step:,}": score for score in several}
+            named = {f"{score.run}, {score.step_text}": score for score in several}
         for key in OTHER_COLUMNS:
             if all(our_metric(score, key) is None for score in several):
                 continue
@@ -188,9 +188,9 @@ def sources_of(found: dict[str, Score]) -> Iterator[str]:
     for name, score in found.items():
         report, settings = score.report, score.report["sampling"]
         parts = [
-            f"{name}: {score.path}, step {score.step:,}",
+            f"{name}: {score.path}, {score.step_text}",
             f"{report['fake']['n']:,} against {report['real']['n']:,} images",
-            f"{settings['guidance']} guidance {settings['cfg_scale']}",
+            score.guidance_text,
             f"{settings['num_sampling_steps']} {settings['sampler']} steps",
             *(f"NOT COMPARABLE: {reason}" for reason in report["not_comparable"]),
         ]

@@ -11,7 +11,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -215,10 +214,11 @@ def embedding(
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def add_legend_below(figure: Figure, axes: Axes):
-    """Add the legend of `axes` below all panels of a figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = -(-len(labels) // -(-len(labels) // 3))  # at most 3, of even length
+def add_legend_below(figure: Figure, handles: Sequence[Line2D]):
+    """Add a legend of labelled lines below all panels of a figure."""
+    labels = [handle.get_label() for handle in handles]
+    most = next((n for n, letters in ((3, 18), (2, 30)) if max(map(len, labels)) <= letters), 1)  # columns that fit
+    columns = -(-len(labels) // -(-len(labels) // most))  # of even length
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=3)
 
 
@@ -237,7 +237,7 @@ def curves(runs: dict[str, list[tuple[float, float]]], x_label: str, y_label: st
         axes.plot(*zip(*points), linestyle=LINES[i % len(LINES)], label=name, **group_style(i))
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    add_legend_below(figure, axes)
+    add_legend_below(figure, axes.lines)
     add_warning(figure, warning)
     return figure
 
@@ -255,16 +255,19 @@ def tradeoff(
     """
     figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
     panels = figure.subplots(1, 2 if times else 1, sharey=True, squeeze=False)[0]
+    handles = []  # with the lines of the second panel
     for i, (name, (count, y)) in enumerate(parameters.items()):
-        panels[0].plot([count], [y], linestyle="", label=name, **group_style(i))
+        handles += panels[0].plot([count], [y], linestyle="", label=name, **group_style(i))
         if name in times:
-            panels[1].plot(*zip(*times[name]), linestyle=LINES[i % len(LINES)], **group_style(i))
+            handles[-1:] = panels[1].plot(
+                *zip(*times[name]), linestyle=LINES[i % len(LINES)], label=name, **group_style(i)
+            )
     panels[0].set(xlabel="trained parameters", ylabel=y_label, xscale="log")
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].xaxis.set_minor_formatter(NullFormatter())
-    panels[0].margins(x=0.15)
+    panels[0].margins(x=0.25)
     if times:
         panels[1].set(xlabel="training time, hours")
-    add_legend_below(figure, panels[0])
+    add_legend_below(figure, handles)
     add_warning(figure, warning)
     return figure
