@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.refusals import ODD, ROW, refused
-from helpers.tiny_files import CLASSES, tree
+from helpers.tiny_files import CLASSES, tree, write_adapter
+from helpers.tiny_models import PETS
 from PIL import Image
 
 import models
@@ -279,6 +280,20 @@ def test_domain_guidance_is_by_the_plain_dit_before_the_fine_tune(asked, adapter
     swapped = sum(tensor.numel() for tensor in guidance.other_weights.values())
     trained = sum(tensor.numel() for tensor in read_weights(adapter)[0].values())
     assert swapped == trained - 7 * 256 + 256  # of the class table one row
+
+
+@torch.no_grad()
+def test_low_rank_updates_are_merged_unless_a_guidance_exchanges_them(asked, base, tmp_path):
+    path = write_adapter(tmp_path / "lora.safetensors", base, PETS, "lora")
+    own = load_adapted(path)[0](X, T, Y)
+    merged, _, _ = asked("--guidance", "superclass", ckpt=path)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert torch.allclose(merged(X, T, Y), own, atol=1e-5)
+    model, guidance, _ = asked("--guidance", "domain", *AT_0, ckpt=path)
+    plain = models.DiT_models["DiT-Ti/2"](input_size=8, in_channels=3, num_classes=9).eval()
+    load_weights(plain, read_weights(base)[0], base)
+    assert guides(model, guidance, X, T, Y).equal(plain(X, T, torch.tensor([9, 9, 9]))[:, :3])
+    assert model(X, T, Y).equal(own) and not torch.allclose(own, plain(X, T, torch.tensor([9, 9, 9])), atol=1e-2)
 
 
 @torch.no_grad()

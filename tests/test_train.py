@@ -75,6 +75,13 @@ PLAIN, TIERED = 685_628_960, 685_640_480  # all parameters, with 1 null row or 1
         ("--hierarchy vegfru", TIERED - (10_011 - 317) * 1152, 986_144),
         ("--method bitfit --embedder tiered", TIERED, 12_010_784 + 10 * 1152),
         ("--null-prob 0.1", TIERED + 1152, 12_153_632 + 1152),
+        # each block's qkv: 1152 -> 3456; proj: 1152 -> 1152; fc1 and fc2: 1152 <-> 4608; modulation: 1152 -> 6912
+        ("--method lora --lora-targets qkv", PLAIN + 28 * 8 * 4608, 10_001 * 1152 + 28 * 8 * 4608),
+        (
+            "--method finediffusion+lora --lora-rank 4",
+            TIERED + 28 * 4 * (4608 + 2304 + 2 * 5760 + 8064),
+            12_153_632 + 28 * 4 * (4608 + 2304 + 2 * 5760 + 8064),
+        ),
     ],
 )
 def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, monkeypatch):
@@ -86,7 +93,8 @@ def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, m
     assert settings["trainable_percent"] == pytest.approx(100 * trained / total, abs=1e-4)
     assert settings["lr"] == settings["table_lr"] == (1e-3 if "orig" in flags else 1e-4)
     assert settings["num_classes"] == (292 if "vegfru" in flags else 10_000)
-    assert settings["embedder"] == ("tiered" if total != PLAIN and "fit" not in flags or "tiered" in flags else "null")
+    null = ("full", "bitfit", "difffit", "difffit-orig", "lora")
+    assert settings["embedder"] == ("null" if settings["method"] in null and "tiered" not in flags else "tiered")
     flags = {"data_path", "ema_decay", "flip", "global_batch_size", "image_size", "method", "num_super_classes", "vae"}
     assert flags <= settings.keys()
 
@@ -132,6 +140,8 @@ def start_of(base, name, shape, method):
     """Return the starting value of a parameter of a new run; None for the class table."""
     if name in base:
         return base[name] if base[name].shape == shape else None
+    if "lora" in name:
+        return torch.zeros(shape) if name.endswith("lora_B") else None
     assert ".norm" in name or "gamma_" in name and method.startswith("difffit")
     return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
@@ -152,6 +162,8 @@ TRAINED = {
     "difffit-orig": lambda name: (
         "norm_final" not in name and (name.endswith("bias") or "norm" in name or "gamma" in name)
     ),
+    "lora": lambda name: "lora" in name,
+    "finediffusion+lora": lambda name: name.endswith("bias") or ".norm" in name or "lora" in name,
 }
 
 
@@ -163,11 +175,11 @@ def test_a_method_changes_exactly_its_parameters(method, run, base):
     moved = set()
     for name, tensor in weights.items():
         before = start_of(start, name, tensor.shape, method)
-        assert before is not None or name == TABLE
+        assert before is not None or name == TABLE or name.endswith("lora_A")
         if before is None or not torch.equal(tensor, before):
             moved.add(name)
     assert moved == {name for name in weights if TRAINED[method](name) or name == TABLE}
-    assert len(weights[TABLE]) == 5 + (2 if method == "finediffusion" else 1)
+    assert len(weights[TABLE]) == 5 + (2 if method.startswith("finediffusion") else 1)
     assert description.step == 2 and description.trained == moved
     assert description.base == Base(str(base), sha256(base))
     # base + adapter is the EMA model, bit for bit

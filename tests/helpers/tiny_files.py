@@ -50,6 +50,9 @@ def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more)
     model = build_model(description)
     counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
     random = random_dit(seed, affine=True, input_size=8, in_channels=3, **counts)
+    generator = torch.Generator().manual_seed(seed)
+    updates = {name: p for name, p in model.named_parameters() if kind_of(name) == "lora"}
+    random |= {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in updates.items()}
     save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
     return path
 

@@ -1,7 +1,10 @@
 """Exports: folding keeps a model's output, each format loads elsewhere, and mistakes write nothing."""
 
+import copy
+import importlib.util
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from checkpoint.description import Base
-from checkpoint.format import read_weights
+from checkpoint.format import read_weights, save_adapter
 from checkpoint.loading import build_model, load_adapted, load_weights
 from finetune import METHODS, fold_gammas, fold_lora
 from hierarchy import Hierarchy
@@ -123,6 +126,46 @@ def test_finediffusion_export_computes_the_same(run, adapter, tmp_path):
     load_weights(again, read_weights(out)[0], out)
     x, t, y = inputs(model, range(7))
     assert again.eval()(x, t, y).equal(model(x, t, y))
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "difffit-orig+lora"])
+@torch.no_grad()
+def test_peft_export_computes_the_same(method, run, tmp_path):
+    """The low-rank updates on the other weights are the model, for PEFT too if it is installed."""
+    hierarchy = Hierarchy([*"abcde"], ["x", "y"], PARENTS)
+    description = described(hierarchy, method, embedder="tiered", lora_targets="qkv adaln")
+    model = awake(build_model(description), std=0.06).eval()
+    save_adapter(tmp_path / "a.safetensors", {}, model, description)
+    run("--ckpt", tmp_path / "a.safetensors", "--format", "peft", "--out", tmp_path / "peft")
+    base, updates = (load_file(tmp_path / f"peft/{name}_model.safetensors") for name in ("base", "adapter"))
+    x, t, y = inputs(model, [0, 3, 4, 5, 6])
+    expected = model(x, t, y)
+
+    plain = build_model(described(hierarchy, "finediffusion")).eval()
+    plain.load_state_dict(base)
+    assert relative(plain(x, t, y), expected) > 0.01
+    if importlib.util.find_spec("peft"):
+        import peft
+
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "peft")
+        assert relative(adapted(x, t, y), expected) < 1e-5
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    layers = [name for name, _ in plain.named_modules() if re.fullmatch(config["target_modules"], name)]
+    assert len(updates) == 2 * len(layers) and config["lora_alpha"] == config["r"]
+    for name in layers:
+        a, b = (updates[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert len(a) == config["r"]
+        plain.get_submodule(name).weight.add_(b @ a)
+    assert relative(plain(x, t, y), expected) < 1e-5
+
+
+def test_an_adapter_without_updates_is_no_peft_adapter(command, adapter, tmp_path):
+    result = command(export.main, "--ckpt", adapter, "--format", "peft", "--out", tmp_path / "peft")
+    assert result.code == 2 and "--method finediffusion, expected lora or one with +lora" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 # ---- model card and Hub --------------------------------------------------------------------------

@@ -42,8 +42,10 @@ def test_every_flag_has_a_help_text_in_a_group(parse, capsys, monkeypatch):
 
 
 def test_learning_rates_follow_the_method_and_each_other(parse):
-    assert [getattr(parse(), name) for name in ("lr", "table_lr")] == [1e-4, 1e-4]
-    args = parse("--method", "difffit-orig", "--table-lr", "0.5")
-    assert (args.lr, args.table_lr) == (1e-3, 0.5)
-    args = parse("--lr", "0.2")
-    assert (args.lr, args.table_lr) == (0.2, 0.2)
+    def rates(*flags):
+        args = parse(*flags)
+        return args.lr, args.table_lr, args.lora_lr
+
+    assert rates() == (1e-4, 1e-4, 1e-4)
+    assert rates("--method", "difffit-orig", "--table-lr", "0.5") == (1e-3, 0.5, 1e-3)
+    assert rates("--lr", "0.2", "--lora-lr", "0.3") == (0.2, 0.2, 0.3)
