@@ -260,18 +260,27 @@ def adamw(
     return torch.optim.AdamW([g for g in groups.values() if g["params"]], lr=lr, weight_decay=0, fused=True)
 
 
+SHORT_RUN_WARMUP = 25  # of EMA, in runs so short that the average would otherwise keep ...
+MOST_OF_START = 0.05  # ... more than this share of the initial parameters
+
+
+def default_warmup(decay: float, steps: int) -> int:
+    """Return the `warmup` of `EMA` for a run of `steps` steps: 0 if the average forgets the initial parameters anyway."""
+    return SHORT_RUN_WARMUP if decay**steps > MOST_OF_START else 0
+
+
 class EMA:
     """Exponential moving average of parameters, in float32: average <- decay * average + (1 - decay) * parameter.
 
     parameters  {name: parameter} to average
     decay       in 0..1
-    warmup      limit the decay of step k, from 0, to (1 + k) / (10 + k), so that the average of a short run forgets the
-                initial parameters
+    warmup      c > 0 limits the decay of step k, from 0, to (1 + k) / (c + k), so that the average of a short run forgets
+                the initial parameters: it then lags behind the parameters by 1 / c of the run. 0: no limit
 
     `average` is {name: float32 tensor}.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, warmup: bool = False):
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, warmup: int = 0):
         self.decay = decay
         self.warmup = warmup
         self.parameters = parameters
@@ -279,7 +288,7 @@ class EMA:
 
     def decay_at(self, step: int) -> float:
         """Return the decay of a step, counted from 0."""
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        return min(self.decay, (1 + step) / (self.warmup + step)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -16,6 +16,7 @@ from finetune import (
     METHODS,
     add_gammas,
     add_lora,
+    default_warmup,
     fold_gammas,
     fold_lora,
     kind_of,
@@ -293,9 +294,25 @@ def test_decays_of_0_and_1(decay, follows):
 
 def test_warmup_raises_the_decay_to_its_limit():
     _, chosen = method_model("bitfit")
-    warm, cold = EMA(chosen, 0.9999, warmup=True), EMA(chosen, 0.9999)
+    warm, cold = EMA(chosen, 0.9999, warmup=10), EMA(chosen, 0.9999)
     assert [warm.decay_at(k) for k in (0, 1, 90)] == [0.1, 2 / 11, 0.91] and warm.decay_at(10**6) == 0.9999
     assert cold.decay_at(0) == 0.9999
+
+
+@pytest.mark.parametrize("steps", [30, 300, 2_300, 29_955])
+def test_the_average_of_a_short_run_lags_by_at_most_5_percent(steps):
+    """The worst case: parameters that move at a constant speed from the first step to the last."""
+    position = torch.nn.Parameter(torch.zeros(1))
+    ema = EMA({"p": position}, 0.9999, default_warmup(0.9999, steps))
+    for step in range(steps):
+        position.data.fill_((step + 1) / steps)
+        ema.update(step)
+    assert ema.average["p"].item() > 0.95
+
+
+def test_long_runs_do_not_warm_up():
+    assert [default_warmup(0.9999, steps) for steps in (29_955, 29_956, 195_300)] == [25, 0, 0]
+    assert [default_warmup(decay, 800) for decay in (0.99, 0.0, 0.9999)] == [0, 0, 25]
 
 
 def test_only_frozen_matrices_are_stored_in_half_precision():

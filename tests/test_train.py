@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_files import tree, write_images
-from helpers.tiny_runs import SPEEDS, TINY
+from helpers.tiny_runs import DEFAULT_AVERAGE, SPEEDS, TINY
 from PIL import Image
 
 import train
@@ -29,9 +29,9 @@ def run(command, images, base, tmp_path_factory):
     """run(name, *flags) -> the folder of a run of two steps from `base` on `images`."""
     root = tmp_path_factory.mktemp("runs")
 
-    def run(name, *flags, data=("--data-path", images)):
+    def run(name, *flags, data=("--data-path", images), tiny=TINY):
         start = ["--resume", base, "--results-dir", root, "--experiment", name, "--max-steps", 2]
-        result = command(train.main, *TINY, *data, *start, *flags)
+        result = command(train.main, *tiny, *data, *start, *flags)
         assert result.code == 0, result.err
         assert result.out.endswith("safetensors\n") and Path(result.out.split("\n")[-2]).is_file()
         return root / name
@@ -51,6 +51,10 @@ def state_of(folder):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def log(folder):
+    return (folder / "log.txt").read_text()
 
 
 def same(a, b):
@@ -126,7 +130,7 @@ def test_files_of_a_run(command, images, base, tmp_path, run):
         assert row["grad_norm"] > 0
         assert row["loss"] == pytest.approx(row["mse"] + row["vb"], rel=1e-5) and row["mse"] > 0
     lines = (folder / "log.txt").read_text().splitlines()
-    assert len(lines) == 6 and "finediffusion, 23,064 trained parameters, 20 images, Hierarchy(pets: 5 / 2)" in lines[0]
+    assert len(lines) == 7 and "finediffusion, 23,064 trained parameters, 20 images, Hierarchy(pets: 5 / 2)" in lines[0]
     assert "memory: about " in lines[1]
     assert json.loads((folder / "args.json").read_text())["epochs"] == 1
     with Image.open(folder / "samples/0000005.png") as grid:
@@ -196,6 +200,24 @@ def test_the_ema_is_updated_at_every_step(run):
         for name in average:
             average[name] = 0.5 * average[name] + 0.5 * state[name.replace("average/", "now/")]
             assert torch.allclose(state[name], average[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_short_run_warms_its_average_up_and_a_resumed_one_does_as_before(run):
+    """The default depends on the length of a new run; a longer run that resumes keeps the one of its state."""
+    flags = "--ema-decay", 0.9, "--preview-images", 0
+    folder = run("warm", "--max-steps", 3, *flags, tiny=DEFAULT_AVERAGE)
+    assert read_weights(last(folder))[1].settings["ema_warmup"] == 25
+    assert "at most (1 + k) / (25 + k) at step k; without this limit it would keep 73% of the s" in log(folder)
+    first = state_of(folder)
+    state = state_of(run("warm", "--max-steps", 4, *flags, tiny=DEFAULT_AVERAGE))
+    decay = 4 / 28  # of step 3
+    for name in [name for name in first if name.startswith("average/")]:
+        expected = decay * first[name] + (1 - decay) * state[name.replace("average/", "now/")]
+        assert torch.allclose(state[name], expected, rtol=1e-5, atol=1e-7)
+    cold = run("cold", "--max-steps", 3, *flags, "--ema-warmup", 0, tiny=DEFAULT_AVERAGE)
+    assert "EMA: decay 0.9, which keeps 73% of the starting weights after 3 steps: for better" in log(cold)
+    branch = run("branch", "--max-steps", 3, *flags, "--resume", cold, tiny=DEFAULT_AVERAGE)
+    assert same(state_of(branch), state_of(cold)) and read_weights(last(branch))[1].settings["ema_warmup"] == 0
 
 
 def test_random_draws_depend_on_seed_and_step_alone():

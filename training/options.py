@@ -5,7 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 
-from finetune import LORA_LAYERS, METHODS
+from finetune import LORA_LAYERS, METHODS, MOST_OF_START, SHORT_RUN_WARMUP
 from models import DiT_models
 from runtime.cli import Parser
 from runtime.device import PRECISIONS
@@ -119,8 +119,12 @@ def add_optimisation_flags(add: Callable):
     add("--ema-decay", type=float, default=0.9999, help="decay of the average of the trained parameters")
     add(
         "--ema-warmup",
-        action="store_true",
-        help="limit the decay to (1 + k) / (10 + k) at step k, for short runs",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="C",
+        help="limit the decay of step k to (1 + k) / (C + k), where C is 10 if not given; 0 for no limit; without this flag, "
+        f"C is {SHORT_RUN_WARMUP} in runs so short that the average would keep over {MOST_OF_START:.0%}% of the start",
     )
     add("--global-seed", type=int, default=0, help="seed of the data order, the noise and the new rows")
     add(
@@ -187,7 +191,7 @@ ABOVE_ZERO = (
     "lora_rank",
     "clip_grad",
 )
-NOT_NEGATIVE = "table_std", "num_workers", "preview_images", "max_bad_images"
+NOT_NEGATIVE = "table_std", "ema_warmup", "num_workers", "preview_images", "max_bad_images"
 FINITE = "lr", "table_lr", "lora_lr", "table_std", "clip_grad"
 
 

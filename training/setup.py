@@ -16,7 +16,7 @@ from checkpoint.download import find_starting_weights
 from checkpoint.loading import build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
-from finetune import EMA, METHODS, adamw, select, store_frozen
+from finetune import EMA, METHODS, MOST_OF_START, adamw, default_warmup, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
@@ -34,6 +34,7 @@ from training.state import (
     choose_state,
     load_run_base,
     load_state,
+    saved_warmup,
 )
 from training.step import GuardedOptimizer
 
@@ -95,13 +96,21 @@ def begin(args: argparse.Namespace) -> Run:
     batches = order_batches(args, data, accelerator)
 
     # Build the model, on its base weights or from the newest state:
-    latent_size, encoder = autoencoder.latent_size(args.image_size), autoencoder.encoder_digest()
-    description = describe(
-        args, hierarchy, latent_size, autoencoder.channels, data.fingerprint, precision, batches.max_steps, encoder
-    )
     path, tensors, saved = choose_state(accelerator, states)
+    warmup = choose_warmup(args, batches.max_steps, saved)
+    description = describe(
+        args,
+        hierarchy,
+        autoencoder.latent_size(args.image_size),
+        autoencoder.channels,
+        fingerprint=data.fingerprint,
+        precision=precision,
+        max_steps=batches.max_steps,
+        encoder=autoencoder.encoder_digest(),
+        warmup=warmup,
+    )
     model, parameters, description, note = load_model(args, accelerator, description, path, saved, half)
-    ema = EMA(parameters, args.ema_decay, args.ema_warmup)
+    ema = EMA(parameters, args.ema_decay, warmup)
     optimizer = adamw(parameters, args.lr, args.table_lr, args.lora_lr)
 
     # From here on the folder is ours:
@@ -117,7 +126,8 @@ def begin(args: argparse.Namespace) -> Run:
             accelerator.scaler.load_state_dict(saved.scaler)
         if saved.settings.get("global_batch_size") != args.global_batch_size:
             open_row = None  # it has the losses of another number of images per step
-    notes = [ask_main(accelerator, lambda: move_aside(folder, description.step)), note]
+    average = describe_average(args.ema_decay, warmup, batches.max_steps)
+    notes = [ask_main(accelerator, lambda: move_aside(folder, description.step)), note, average]
 
     # Start the log:
     stop = args.on_nonfinite == "stop"
@@ -225,6 +235,7 @@ def describe(
     precision: str | None = None,
     max_steps: int | None = None,
     encoder: str | None = None,
+    warmup: int | None = None,
 ) -> ModelDescription:
     """Return the description of a run that has not begun.
 
@@ -232,8 +243,10 @@ def describe(
     precision    the one in use, if it is not --mixed-precision
     max_steps    length of the run, which decides the learning rates of a cosine schedule
     encoder      digest of the autoencoder's encoder
+    warmup       the one of the EMA, if it is not --ema-warmup
     """
     settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
+    settings |= {} if warmup is None else {"ema_warmup": warmup}
     settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
     lora = "lora" in METHODS[args.method].trains
     settings |= {"lora_lr": args.lora_lr} if lora else {}
@@ -298,6 +311,27 @@ def start_from_base(
     with accelerator.local_main_process_first():  # one process a node downloads
         weights = find_starting_weights(args.resume, args.model, args.image_size)
         return init_from(model, parameters, weights, description, *table)
+
+
+# ---- average -------------------------------------------------------------------------------------
+
+
+def choose_warmup(args: argparse.Namespace, steps: int, saved: ModelDescription | None) -> int:
+    """Return the `warmup` of the EMA: --ema-warmup, or else that of the state `saved`, or of a new run of `steps` steps."""
+    if args.ema_warmup is not None:
+        return args.ema_warmup
+    return saved_warmup(saved) if saved else default_warmup(args.ema_decay, steps)
+
+
+def describe_average(decay: float, warmup: int, steps: int) -> str:
+    """Return a sentence about the EMA of a run of `steps` steps, which is what its adapters hold."""
+    share = f"{decay**steps:.0%} of the starting weights after {steps:,} steps"
+    if warmup:
+        return (
+            f"EMA: decay {decay}, at most (1 + k) / ({warmup} + k) at step k; without this limit it would keep {share}"
+        )
+    advice = ": for better adapters of a short run pass --ema-warmup" if decay**steps > MOST_OF_START else ""
+    return f"EMA: decay {decay}, which keeps {share}{advice}"
 
 
 # ---- log -----------------------------------------------------------------------------------------

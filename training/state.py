@@ -118,11 +118,12 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
                 f"{path} was started with --{key.replace('_', '-')} {before}, found {now}: resume with the settings it was "
                 "started with."
             )
-    old = "max_steps" not in saved.settings  # written before the length was recorded
+    earlier = saved.settings | {"ema_warmup": saved_warmup(saved)}
+    old = "max_steps" not in earlier  # written before the length was recorded
     changes = [
-        f"--{name.replace('_', '-')} {saved.settings.get(name)} (now {value})"
+        f"--{name.replace('_', '-')} {earlier.get(name)} (now {value})"
         for name, value in current.settings.items()
-        if saved.settings.get(name) != value and not (name == "max_steps" and old)
+        if earlier.get(name) != value and not (name == "max_steps" and old)
     ]
     changes += ["other images or labels"] if saved.data != current.data else []
     if (
@@ -136,6 +137,12 @@ def check_same_run(path: Path, saved: ModelDescription, current: ModelDescriptio
             f"{path} was started with {', '.join(changes)}: resume with the settings it was started with, or pass "
             "--allow-changes to use the new ones."
         )
+
+
+def saved_warmup(saved: ModelDescription) -> int:
+    """Return the `warmup` of the EMA of a state; states of earlier versions say whether there is one, which was 10."""
+    warmup = saved.settings.get("ema_warmup") or 0
+    return 10 if warmup is True else warmup
 
 
 def load_run_base(path: Path, description: ModelDescription, model: DiT, resume: str | None = None):

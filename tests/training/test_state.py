@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from helpers.tiny_files import tree
+from helpers.tiny_models import PETS, described
 from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -18,6 +19,7 @@ from runtime.device import resolve_precision
 from runtime.signals import Signals
 from training import logger
 from training.folder import list_states
+from training.state import saved_warmup
 
 FLAGS = [*SAVING, *"--preview-images 0 --max-steps 8".split()]
 
@@ -216,3 +218,8 @@ def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
     rows = [json.loads(line) for line in (flags.root / "tracked/metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert [event.step for event in events.Images("samples")] == [3, 4]
+
+
+@pytest.mark.parametrize("saved, warmup", [(False, 0), (True, 10), (25, 25), (None, 0)])
+def test_the_warmup_of_earlier_states_is_read(saved, warmup):
+    assert saved_warmup(described(PETS, settings={"ema_warmup": saved})) == warmup
