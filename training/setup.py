@@ -368,6 +368,7 @@ def log_run_summary(
         memory.describe_forecast(need, max(per_image, encoding), images, torch.cuda.mem_get_info()[1] if gpu else None)
     )
     if accelerator.log_with:
-        settings = {name: value for name, value in settings.items() if value is not None}
+        lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
+        settings = {name: value for name, value in (settings | lists).items() if value is not None}
         names = {"wandb": {"name": logger.folder.name, "id": logger.folder.name, "resume": "allow"}}
         accelerator.init_trackers("finediffusion", settings, names)
