@@ -269,7 +269,8 @@ class DiT(nn.Module):
         y               (N,) rows of the class table. In training mode, labels are replaced by their superclasses at random
         force_drop_ids  (N,): decides which labels are replaced instead of chance, see `TieredEmbedder.token_drop`
         """
-        x = self.x_embedder(x) + self.pos_embed  # (N, C, H, W) -> (N, T, D)
+        # The patch embedding stores tokens channel by channel, and every sum below would keep that layout.
+        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, C, H, W) -> (N, T, D)
         t = self.t_embedder(t)  # (N,) -> (N, D)
         y = self.y_embedder(y, self.training, force_drop_ids)  # (N,) -> (N, D)
         c = t + y  # (N, D)

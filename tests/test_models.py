@@ -130,6 +130,16 @@ def test_tokens_are_in_the_order_of_unpatchify():
     assert moved.flatten().nonzero().tolist() == [[1 * 4 + 3]]
 
 
+def test_the_residual_stream_is_contiguous():
+    """Each norm and each sum of every block would otherwise work on transposed tokens."""
+    model, (x, t) = awake(tiny_dit()).eval(), inputs()
+    layouts = []
+    for part in (*model.blocks, model.final_layer):
+        part.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].is_contiguous()))
+    model(x, t, torch.tensor([0, 1, 4, 5]))
+    assert layouts == [True] * 3
+
+
 def test_an_input_size_that_the_patch_size_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="is 9 pixels wide, expected a multiple of its patch size 2"):
         tiny_dit(input_size=9)
