@@ -184,10 +184,19 @@ def swapped(pairs: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> Iterato
             parameter.data = data
 
 
+def repeated(t: torch.Tensor | int, x: torch.Tensor) -> torch.Tensor:
+    """Return timestep t, an int or a tensor (M,) that holds it, once for each image of x (N, ...), as int64 (N,)."""
+    if isinstance(t, int):
+        return torch.full(x.shape[:1], t, device=x.device)
+    return t.repeat(len(x) // len(t))
+
+
 def guided(
     model: torch.nn.Module, labels: torch.Tensor, guidance: Guidance, keys: Sequence[Sequence] | None
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return f(x, t), the model's prediction guided towards `labels`, for x (N, C, h, w) and t (N,), one timestep N times.
+) -> Callable[[torch.Tensor, torch.Tensor | int], torch.Tensor]:
+    """Return f(x, t), the model's prediction guided towards `labels`, for x (N, C, h, w) at one timestep t.
+
+    t is an int, or a tensor (N,) that has the timestep N times. With an interval, a tensor on a GPU is waited for.
 
     model     a `DiT`
     labels    (N,) classes, on the model's device
@@ -198,7 +207,7 @@ def guided(
     the formula are one forward pass of 2N or 3N images; rows of the other weights are one forward pass more.
     """
     if guidance.idle:
-        return lambda x, t: model(x, t, labels)
+        return lambda x, t: model(x, repeated(t, x), labels)
     formula, (low, high) = FORMULAS[guidance.kind], guidance.interval
     count = model.in_channels if guidance.channels == "all" else guidance.channels
     pairs = [(model.get_parameter(name), tensor) for name, tensor in (guidance.other_weights or {}).items()]
@@ -210,14 +219,15 @@ def guided(
         return rows[kind]
 
     def f(x, t):
-        if guidance.interval != ALL_TIMESTEPS and not low <= t[0] <= high:
-            return model(x, t, labels)
+        if guidance.interval != ALL_TIMESTEPS and not low <= (t if isinstance(t, int) else t[0]) <= high:
+            return model(x, repeated(t, x), labels)
 
         def eps(*kinds, other=False):
             n = len(kinds)
             y = torch.cat([rows_of(kind) for kind in kinds])  # (n * N,)
             with swapped(pairs) if other else nullcontext():
-                out = model(x.repeat(n, 1, 1, 1), t.repeat(n), y)  # (n * N, 2C, h, w)
+                x_n = x.repeat(n, 1, 1, 1)
+                out = model(x_n, repeated(t, x_n), y)  # (n * N, 2C, h, w)
             return out.float().chunk(n)  # float32, since guidance would amplify half-precision rounding
 
         e_c, pushed = formula(eps, guidance.scale, guidance.parent_scale)

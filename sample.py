@@ -9,6 +9,7 @@ avoids these too, since it gives the network one image at a time.
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from hierarchy import Hierarchy
 from hierarchy.layouts import folder_names
 from models import DiT
 from runtime.cli import Parser, check_range, run_command
-from runtime.device import check_gpu
+from runtime.device import check_gpu, describe_computation, half_dtype, resolve_compile, resolve_precision, set_tf32
 from sampling.grid import caption, labelled_grid
 from sampling.load import build_guidance, load_model
 from sampling.options import add_options, check_options
@@ -58,12 +59,6 @@ def parse_args() -> argparse.Namespace:
         help="image: a noise stream for each image; official: the one stream of the official code, for each class",
     )
     add("--batch-size", type=int, default=16, help="images per forward pass; --seed-mode official uses --per-class")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use TF32 in float32 matrix products, on GPUs from Ampere on",
-    )
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="folder for the images")
     return parser.parse_args()
@@ -80,6 +75,11 @@ def check_settings(args: argparse.Namespace):
             f"--seed-mode is official, expected --sampler ddpm, --guidance superclass and all timesteps, found "
             f"{' '.join(map(str, found))}: drop the other flags."
         )
+    if args.seed_mode == "official" and args.mixed_precision in ("fp16", "bf16"):
+        raise ValueError(
+            f"--seed-mode is official and --mixed-precision {args.mixed_precision}, expected float32, in which the official "
+            "code computes: drop one of the two."
+        )
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -95,19 +95,25 @@ def select_labels(classes: list[str] | None, hierarchy: Hierarchy) -> list[int]:
     return list(dict.fromkeys(hierarchy.find(query) for query in classes))
 
 
+def images_per_pass(args: argparse.Namespace) -> int:
+    """Return the number of images in a batch; the official code sets its seed for each class."""
+    return args.per_class if args.seed_mode == "official" else args.batch_size
+
+
 def sample_batches(
     args: argparse.Namespace,
     model: DiT,
     guidance: Guidance,
     autoencoder: Autoencoder,
     jobs: list[tuple[int, int]],
+    half: torch.dtype | None,
 ) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
     """Yield (jobs, uint8 images (n, 3, H, W)) batch by batch.
 
-    jobs: (label, position) of each image. Raises ValueError if an image is not finite.
+    jobs: (label, position) of each image; half: half-precision type of the network, or None. Raises ValueError if an image
+    is not finite.
     """
-    official, steps = args.seed_mode == "official", args.num_sampling_steps
-    size = args.per_class if official else args.batch_size  # the official code sets its seed for each class
+    official, steps, size = args.seed_mode == "official", args.num_sampling_steps, images_per_pass(args)
     for i in range(0, len(jobs), size):
         batch = jobs[i : i + size]
         labels = [label for label, _ in batch]
@@ -116,7 +122,7 @@ def sample_batches(
             latents = sample_latents_official(model, labels, seed=args.seed, steps=steps, **options)
         else:
             keys = [(args.seed, label, position) for label, position in batch]
-            latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps)
+            latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps, autocast=half)
         images = autoencoder.decode(latents)
         check_finite_images(images, [f"Image {k} of class {label} of seed {args.seed}" for label, k in batch])
         yield batch, to_uint8(images)
@@ -127,22 +133,28 @@ def sample(args: argparse.Namespace):
     # Load model:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_gpu(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    model, description, autoencoder = load_model(args, device)
+    set_tf32(args.tf32)
+    precision = resolve_precision("no" if args.seed_mode == "official" else args.mixed_precision, device)
+    half = half_dtype(precision)
+    model, description, autoencoder = load_model(args, device, half)
     guidance = build_guidance(args, model)
-    if args.compile:
-        model.compile_blocks()
 
     # Choose labels:
     hierarchy = description.hierarchy
     labels = select_labels(args.classes, hierarchy)
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
+    batches = math.ceil(len(jobs) / images_per_pass(args))
+    compiled = resolve_compile(args.compile, device, args.num_sampling_steps * batches)
+    if compiled:
+        model.compile_blocks()
+    if device == "cuda":
+        print(describe_computation(device, precision, compiled))
 
     # Sample, and save each image:
     folder, class_folders, images = Path(args.sample_dir), folder_names(hierarchy.classes), []
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
-        for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs):
+        for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half):
             for (label, position), image in zip(batch, pixels):
                 path = folder / class_folders[label] / f"{position:06d}.png"
                 path.parent.mkdir(exist_ok=True)

@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
-from finetune import store_frozen
 from guidance import hash_integer
 from runtime.cli import Parser, check_range, run_command
-from runtime.device import DTYPES, PRECISIONS, resolve_precision
+from runtime.device import describe_computation, half_dtype, resolve_compile, resolve_precision, set_tf32
 from runtime.files import sha256
 from runtime.processes import keep_process_group, run_on_main, start_processes
 from sampling.load import build_guidance, load_model
@@ -59,14 +58,6 @@ def parse_args() -> argparse.Namespace:
         help="balanced: equally many images of each class, within one; random: uniform draws",
     )
     add("--global-seed", type=int, default=0, help="seed of noise and random labels")
-    add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed-precision", choices=PRECISIONS, default="no", help="precision of the network")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use TF32 in float32 matrix products, on GPUs from Ampere on",
-    )
     add("--per-proc-batch-size", type=int, default=32, help="images per forward pass on a GPU")
     add = parser.add_argument_group("output").add_argument
     add("--format", choices=FORMATS, default="png", help="form of the images")
@@ -105,8 +96,10 @@ def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
     return np.array([hash_integer(f"label {seed} {k}") % classes for k in range(count)])
 
 
-def collect_settings(args: argparse.Namespace, description: ModelDescription, autoencoder: Autoencoder) -> dict:
-    """Return everything that determines the images, as JSON."""
+def collect_settings(
+    args: argparse.Namespace, description: ModelDescription, autoencoder: Autoencoder, precision: str, compiled: bool
+) -> dict:
+    """Return everything that determines the images, as JSON; precision and compiled: those in use."""
     weights = hashlib.sha256()
     for name, tensor in autoencoder.vae.state_dict().items() if autoencoder.vae else ():
         weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -125,9 +118,9 @@ def collect_settings(args: argparse.Namespace, description: ModelDescription, au
         "guidance_interval": args.guidance_interval,
         "sampler": args.sampler,
         "num_sampling_steps": args.num_sampling_steps,
-        "mixed_precision": args.mixed_precision,
+        "mixed_precision": precision,
         "tf32": args.tf32,
-        "compile": args.compile,
+        "compile": compiled,
         "global_seed": args.global_seed,
         "labels": args.labels,
         "num_fid_samples": args.num_fid_samples,
@@ -182,16 +175,16 @@ def sample(args: argparse.Namespace):
         )
     if device.type == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    set_tf32(args.tf32)
 
     # Load model:
     precision = resolve_precision(args.mixed_precision, device)
-    half = None if precision == "no" else DTYPES[precision]
+    half = half_dtype(precision)
     with state.local_main_process_first():  # one process per node downloads
-        model, description, autoencoder = load_model(args, device)
-    if half:
-        store_frozen(model, half)
-    if args.compile:
+        model, description, autoencoder = load_model(args, device, half)
+    # as many steps as in batches of 32 in one process, so that a run continues on any number of processes
+    compiled = resolve_compile(args.compile, device, args.num_sampling_steps * count // 32)
+    if compiled:
         model.compile_blocks()
     guidance = build_guidance(args, model)
 
@@ -212,8 +205,10 @@ def sample(args: argparse.Namespace):
         options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half)
         return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
 
+    if state.is_main_process and device.type == "cuda":
+        print(describe_computation(device, precision, compiled))
     with closing(store):
-        run_on_main(state, lambda: store.prepare(collect_settings(args, description, autoencoder)))
+        run_on_main(state, lambda: store.prepare(collect_settings(args, description, autoencoder, precision, compiled)))
         sample_missing(store, generate, args.global_seed, batch_size, rank, world)
         state.wait_for_everyone()
         run_on_main(state, store.finish)

@@ -1,9 +1,17 @@
-"""Check the GPU; precisions."""
+"""Decide how a device computes: precision, TF32, compilation; check the GPU."""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = ("no", "fp16", "bf16")  # choices of --mixed-precision
+PRECISIONS = ("auto", "no", "fp16", "bf16")  # choices of --mixed-precision
+PRECISION_HELP = "auto: bf16 on GPUs from Ampere on, fp16 on older ones, float32 on a CPU; no: float32"
+COMPILE_HELP = "torch.compile every block; if not given, on a GPU in runs long enough to repay it"
+COMPILED_STEPS = 1000  # fewest steps of a run that is compiled unasked; compiling takes a minute
 
 
 def check_gpu(device: str | torch.device):
@@ -24,13 +32,57 @@ def check_gpu(device: str | torch.device):
         )
 
 
-def resolve_precision(wanted: str, device: str | torch.device) -> str:
-    """Return the precision to use for --mixed-precision: "fp16" for "bf16" on a GPU that only emulates it (V100).
+# ---- precision -----------------------------------------------------------------------------------
 
-    Raises ValueError for "fp16" on a CPU.
+
+def resolve_precision(wanted: str, device: str | torch.device) -> str:
+    """Return the precision to use for --mixed-precision: "no", "fp16" or "bf16".
+
+    A GPU that only emulates bf16 (before Ampere, such as the V100) computes in fp16 for "auto" and for "bf16". "auto" is
+    "no" on a CPU. Raises ValueError for "fp16" on a CPU.
     """
+    gpu = torch.device(device).type == "cuda"
     if wanted == "fp16" and torch.device(device).type == "cpu":
         raise ValueError("--mixed-precision is fp16, expected a GPU for it, found none: choose bf16 or no.")
-    if wanted != "bf16" or torch.device(device).type != "cuda":
-        return wanted
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if wanted == "auto":
+        wanted = "bf16" if gpu else "no"
+    if wanted == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return wanted
+
+
+def half_dtype(precision: str) -> torch.dtype | None:
+    """Return the half-precision type of a precision "fp16" or "bf16", None for "no"."""
+    return None if precision == "no" else DTYPES[precision]
+
+
+def set_tf32(allow: bool):
+    """Use TF32 in float32 matrix products and convolutions, on GPUs from Ampere on, or do not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+
+
+def describe_computation(device: str | torch.device, precision: str, compiled: bool) -> str:
+    """Return the device, the precision and whether the blocks are compiled, such as "NVIDIA H200, bf16, compiled"."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    return ", ".join([name, precision if precision != "no" else "float32", *["compiled"] * compiled])
+
+
+# ---- compilation ---------------------------------------------------------------------------------
+
+
+def resolve_compile(wanted: bool | None, device: str | torch.device, steps: int) -> bool:
+    """Return whether to compile the model's blocks.
+
+    wanted  --compile or --no-compile, or None if neither was given: then a run of at least COMPILED_STEPS steps on a GPU is
+            compiled, if the tools for it are installed
+    steps   forward passes, or training steps, of the run
+    """
+    if wanted is None:
+        return torch.device(device).type == "cuda" and steps >= COMPILED_STEPS and can_compile()
+    return wanted
+
+
+def can_compile() -> bool:
+    """Return whether Triton's tools are there: a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").is_file()

@@ -50,15 +50,18 @@ def attempt_store() -> dict:
     return dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
 
 
-def start_processes(timeout: timedelta | None = None) -> PartialState:
+# How long a process waits for another. By default NCCL ends a job after 10 minutes, but a process may download, preview or
+# save for longer, and shares of encoding and sampling end at different times. If a process dies, torchrun stops the others.
+LONGEST_WAIT = timedelta(days=7)
+
+
+def start_processes() -> PartialState:
     """Join the processes of torchrun or accelerate, or start alone.
 
-    timeout: how long a collective may wait; the backend's default if None. Raises ValueError if torch has no kernels for
-    the GPU.
+    Raises ValueError if torch has no kernels for the GPU.
     """
     # without cpu=True, each process of torchrun on a CPU would be alone (accelerate 1.15)
-    options = {} if timeout is None else {"timeout": timeout}
-    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), **options)
+    state = PartialState(cpu=not torch.accelerator.is_available(), **attempt_store(), timeout=LONGEST_WAIT)
     check_gpu(state.device)
     return state
 

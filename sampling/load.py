@@ -10,7 +10,7 @@ from checkpoint.description import ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import is_adapter, read_weights
 from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weights, load_weights
-from finetune import kind_of, merge_lora
+from finetune import kind_of, merge_lora, store_frozen
 from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
@@ -41,7 +41,7 @@ def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
 
 
 def load_checkpoint_model(
-    args: argparse.Namespace, device: str | torch.device
+    args: argparse.Namespace, device: str | torch.device, decoding: torch.dtype
 ) -> tuple[DiT, ModelDescription, Autoencoder]:
     """Load a DiT or FineDiffusion checkpoint, which the flags describe; the paper's values are the defaults."""
     defaults = PAPER_DEFAULTS | ({} if args.ckpt else DIT_DEFAULTS)
@@ -53,7 +53,7 @@ def load_checkpoint_model(
         hierarchy = infer_hierarchy(flags["num_classes"], flags["num_super_classes"])
     path = find_weights(args.ckpt or f"DiT-XL-2-{flags['image_size']}x{flags['image_size']}.pt")
     tensors, _ = load_full_weights(path)
-    autoencoder = load_autoencoder(flags["vae"], device)
+    autoencoder = load_autoencoder(flags["vae"], device, decoding)
     description = ModelDescription(
         model=flags["model"],
         image_size=flags["image_size"],
@@ -70,22 +70,31 @@ def load_checkpoint_model(
     return model.eval(), description, autoencoder
 
 
-def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[DiT, ModelDescription, Autoencoder]:
+def load_model(
+    args: argparse.Namespace, device: str | torch.device, half: torch.dtype | None = None
+) -> tuple[DiT, ModelDescription, Autoencoder]:
     """Load --ckpt, an adapter or a checkpoint, onto the device, in evaluation mode and without gradients.
+
+    half: half-precision type of the network's computation, or None. With one, a GPU decodes in float16 if the autoencoder
+    allows it: it is closer to float32 than bfloat16.
 
     Raises ValueError if it cannot be read or contradicts a flag.
     """
+    decoding = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
     if is_adapter(args.ckpt):
-        model, description, autoencoder = load_adapter_model(args, device)
+        model, description, autoencoder = load_adapter_model(args, device, decoding)
     else:
-        model, description, autoencoder = load_checkpoint_model(args, device)
+        model, description, autoencoder = load_checkpoint_model(args, device, decoding)
     if getattr(args, "guidance", None) not in SWAPPING:
         merge_lora(model)
-    return model.to(device).requires_grad_(False), description, autoencoder
+    model.to(device).requires_grad_(False)
+    if half:
+        store_frozen(model, half)
+    return model, description, autoencoder
 
 
 def load_adapter_model(
-    args: argparse.Namespace, device: str | torch.device
+    args: argparse.Namespace, device: str | torch.device, decoding: torch.dtype
 ) -> tuple[DiT, ModelDescription, Autoencoder]:
     """Load an adapter with its base. Raises ValueError if a flag contradicts the adapter."""
     model, description = load_adapted(args.ckpt, args.base)
@@ -100,7 +109,7 @@ def load_adapter_model(
         hierarchy = match_hierarchy(Hierarchy.load(args.hierarchy), description.hierarchy)
         description = replace(description, hierarchy=hierarchy)
     description = replace(description, vae=args.vae or description.vae, file=args.ckpt)
-    autoencoder = load_autoencoder(description.vae, device)
+    autoencoder = load_autoencoder(description.vae, device, decoding)
     found = autoencoder.latent_size(description.image_size), autoencoder.channels
     if found != (description.latent_size, description.channels):
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from guidance import ALL_TIMESTEPS, GUIDANCES
 from models import DiT_models
 from runtime.cli import check_range
+from runtime.device import COMPILE_HELP, PRECISION_HELP, PRECISIONS
 from sampling.samplers import SAMPLERS
 
 
@@ -34,7 +35,7 @@ def add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] = 
 
 
 def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
-    """Add the groups of flags that name a model, its guidance and a sampler; `without` as in `add_model_options`."""
+    """Add the groups of flags for model, guidance, sampler and precision; `without` as in `add_model_options`."""
     add_model_options(parser, without)
 
     add = add_group(parser, "guidance", without)
@@ -69,11 +70,16 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
     add = add_group(parser, "sampler", without)
     add("--sampler", choices=SAMPLERS, default="ddpm", help="sampling algorithm")
     add("--num-sampling-steps", type=int, default=250, help="steps of the sampler, 1 to 1000")
+
+    add = add_group(parser, "precision and speed", without)
+    add("--mixed-precision", choices=PRECISIONS, default="auto", help=f"precision of the network; {PRECISION_HELP}")
     add(
-        "--compile",
-        action="store_true",
-        help="torch.compile every block: pays off over many steps; images change by rounding errors alone",
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use TF32 in float32 matrix products, on GPUs from Ampere on",
     )
+    add("--compile", action=argparse.BooleanOptionalAction, help=COMPILE_HELP)
 
 
 def add_group(parser: argparse.ArgumentParser, title: str, without: Sequence[str]) -> Callable:

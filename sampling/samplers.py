@@ -3,6 +3,8 @@
 Shapes: N images; latents (N, C, h, w); labels (N,), rows of the class table.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -50,7 +52,7 @@ def run_sampler(
 ) -> torch.Tensor:
     """Return latents (N, C, h, w) sampled from noise.
 
-    predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver; t (N,) is one timestep in 0..999
+    predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver; t is a timestep in 0..999, an int
     draw_next   f() -> standard normal noise (N, C, h, w): the initial noise, then for "ddpm" that of each step but the last
     sampler     "ddpm" (arXiv 2006.11239) or "ddim" (arXiv 2010.02502, eta 0) on evenly spaced timesteps, "dpm++"
                 (DPM-Solver++ 2M, arXiv 2211.01095) or "unipc" (UniPC-2, arXiv 2302.04867) on `solver_timesteps`
@@ -61,9 +63,10 @@ def run_sampler(
         return run_solver(predict, x, sampler, solver_timesteps(steps), progress)
     diffusion = create_diffusion(str(steps))
     loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
+    timesteps = reversed(diffusion.timestep_map)  # as ints: to read the tensor that the loop passes waits for a GPU
     unused = torch.zeros_like(x)  # the noise of the last step, and all of DDIM's, is multiplied by zero
     return loop(
-        predict,
+        lambda x, _: predict(x, next(timesteps)),
         x.shape,
         x,
         clip_denoised=False,
@@ -87,25 +90,79 @@ def solver_timesteps(steps: int) -> np.ndarray:
 def run_solver(
     predict: Callable, x: torch.Tensor, sampler: str, timesteps: np.ndarray, progress: bool = False
 ) -> torch.Tensor:
-    """Return latents from noise x (N, C, h, w) by a multistep solver of order 2 of diffusers.
+    """Return latents from noise x (N, C, h, w) by a multistep solver of order 2.
 
     predict, sampler  as in `run_sampler`; a learned variance is ignored
     timesteps         int64 (steps,), decreasing. The last step goes from the last of them to the predicted x_0, as in DDIM
     """
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # slow to import
-
     process = create_diffusion("")
-    kind = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[sampler]
-    scheduler = kind(trained_betas=process.betas, solver_order=2, prediction_type="epsilon")
-    scheduler.set_timesteps(len(timesteps))
-    sigmas = np.sqrt(1 / process.alphas_cumprod[timesteps] - 1)
-    scheduler.timesteps = torch.from_numpy(timesteps)
-    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-    scheduler.set_begin_index(0)
-    for t in tqdm(scheduler.timesteps, disable=not progress):
-        noise = predict(x, torch.full((len(x),), int(t), device=x.device))[:, : x.shape[1]]
-        x = scheduler.step(noise, t, x, return_dict=False)[0]
+    sigmas = np.sqrt(1 / process.alphas_cumprod[timesteps] - 1)  # noise levels
+    sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+    step = {"dpm++": dpm_steps, "unipc": unipc_steps}[sampler](sigmas)
+    for t in tqdm(timesteps.tolist(), disable=not progress):
+        x = step(predict(x, t)[:, : x.shape[1]], x)
     return x
+
+
+def dpm_steps(sigmas: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return step(noise, x) -> x of DPM-Solver++ 2M, to be called in order for the noise levels `sigmas` but the last."""
+    from diffusers import DPMSolverMultistepScheduler  # slow to import
+
+    scheduler = DPMSolverMultistepScheduler(solver_order=2, prediction_type="epsilon")
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas, scheduler.timesteps = sigmas, torch.arange(len(sigmas) - 1)  # the timesteps are only counted
+    scheduler.set_begin_index(0)
+    return lambda noise, x: scheduler.step(noise, 0, x, return_dict=False)[0]
+
+
+def unipc_steps(sigmas: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return step(noise, x) -> x of UniPC-2, to be called in order for the noise levels `sigmas` but the last.
+
+    UniPC (arXiv 2302.04867) with B(h) = e^h - 1, which predicts x_0: a predictor (UniP-2), whose result the next prediction
+    corrects (UniC-2). All coefficients are scalars on the CPU, so that no step waits for a GPU. diffusers' scheduler, with
+    the same numbers, computes them on the GPU.
+    """
+    alphas = [1 / (sigma**2 + 1) ** 0.5 for sigma in sigmas]
+    stds = [sigma * alpha for sigma, alpha in zip(sigmas, alphas)]
+    log_snrs = [alpha.log() - std.log() for alpha, std in zip(alphas, stds)]  # lambda, half the log of SNR
+    last, outputs = None, deque(maxlen=2)  # x of the last step, corrected, and the last two predictions of x_0
+    numbers = itertools.count()
+
+    def interval(i, order):
+        """Return scale, gain and (rk, rho) of the step from level i to i + 1: x <- scale x - gain (x_0 + ...)."""
+        h = log_snrs[i + 1] - log_snrs[i]
+        phi = torch.expm1(-h)  # h phi_1(h) = B(h)
+        scale, gain = stds[i + 1] / stds[i], alphas[i + 1] * phi
+        if order == 1:
+            return scale, gain, None, (0.0, 0.5)
+        rk = (log_snrs[i - 1] - log_snrs[i]) / h
+        phi_1 = phi / -h - 1
+        phi_2 = phi_1 / -h - 1 / 2
+        rks = torch.stack([rk, torch.ones(())])
+        rhos = torch.linalg.solve(torch.stack([rks**0, rks]), torch.stack([phi_1 / phi, phi_2 * 2 / phi]))
+        return scale, gain, rk, rhos.unbind()
+
+    def order_at(i):
+        return min(2, i + 1, len(sigmas) - 1 - i)  # 1 in the first step and in the last
+
+    def slope(rk):
+        """Return the change between the predictions over rk, the ratio of the steps in log SNR; 0 if the order is 1."""
+        return 0.0 if rk is None else (outputs[-2] - outputs[-1]) / rk
+
+    def step(noise, x):
+        nonlocal last
+        i = next(numbers)
+        x_0 = (x - stds[i] * noise) / alphas[i]
+        if i:  # correct the last step by this prediction
+            scale, gain, rk, (rho, rho_new) = interval(i - 1, order_at(i - 1))
+            change = rho * slope(rk) + rho_new * (x_0 - outputs[-1])
+            x = scale * last - gain * outputs[-1] - gain * change
+        outputs.append(x_0)
+        last = x
+        scale, gain, rk, _ = interval(i, order_at(i))
+        return scale * x - gain * x_0 - gain * (0.5 * slope(rk))
+
+    return step
 
 
 # ---- sampling a model ----------------------------------------------------------------------------

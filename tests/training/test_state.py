@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import train
 from checkpoint.format import read_weights
-from runtime.device import resolve_precision
 from runtime.signals import Signals
 from training import logger
 from training.folder import list_states
@@ -199,12 +198,6 @@ def test_half_precision_is_close_to_single_precision(command, flags, unbroken):
     assert all(t.dtype == torch.float32 for name, t in ours[0].items())
     assert [row["loss"] for row in ours[1]] == pytest.approx([row["loss"] for row in theirs[1]], rel=0.02)
     assert ours[1][0]["loss"] != theirs[1][0]["loss"]  # computed in half precision
-
-
-def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert resolve_precision("bf16", "cuda") == "fp16" and resolve_precision("bf16", "cpu") == "bf16"
-    assert resolve_precision("no", "cuda") == "no"
 
 
 def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
