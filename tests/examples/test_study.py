@@ -1,13 +1,16 @@
 """The study of methods, end to end on six glyphs and two steps; its results at full length are not tested."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from helpers.tiny_models import make
+from helpers.tiny_models import make, refusal
 
+import train
 from examples.glyphs import draw, read, study
 from hierarchy import Hierarchy
+from tools import encode_latents
 
 SIX = {"Basic Latin": [0x41, 0x42, 0x53], "Armenian": [0x531, 0x537, 0x556]}
 TRAIN = (
@@ -48,7 +51,21 @@ def test_each_seed_has_its_own_shuffled_superclasses(tmp_path, monkeypatch):
     assert len({tuple(each.parents.tolist()) for each in encoded.values()}) == 4  # three assignments and the true one
 
 
+def test_a_failed_command_is_named():
+    with refusal(r"-c 'import sys; sys.exit\(\"no room\"\)' failed", "no room"):
+        study.run("-c", 'import sys; sys.exit("no room")')
+
+
 def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
+    def run(first, *flags):
+        """Run a command of the study in this process."""
+        main, flags = (train.main, flags) if first == "train.py" else (encode_latents.main, flags[1:])
+        assert first in ("train.py", "-m")
+        result = command(main, *flags)
+        assert result.code == 0, result.err
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(draw, "CLASSES_FILE", tmp_path / "glyphs.json")
     (tmp_path / "glyphs.json").write_text(json.dumps({"base": SIX, "new": SIX}))
     for faces, per_class in (("train", 4), ("held-out", 12)):
