@@ -40,7 +40,7 @@ from evaluation.image_sets import (
 )
 from evaluation.metrics import KID_SUBSETS
 from evaluation.networks import Networks, check_networks, load_networks, recorded_networks
-from evaluation.notes import image_notes, label_notes
+from evaluation.notes import classifier_notes, image_notes, label_notes
 from evaluation.options import check_settings, parse_args
 from evaluation.plan import SAMPLE, make_plan
 from evaluation.reports import text_table, write_report
@@ -187,6 +187,7 @@ def list_notes(
     """
     notes = image_notes(sets, hierarchy, [each.digests for each in compared])
     notes += label_notes(sets, hierarchy, settings) if hierarchy else []
+    notes += classifier_notes(rows["overall"], hierarchy)
     counts = {name: (row["n_real"], row["n_fake"]) for name, row in rows.items()}
     few = [name for name, both in counts.items() if any(n is not None and n < FEW_IMAGES for n in both)]
     if few and networks.features:

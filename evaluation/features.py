@@ -1,4 +1,4 @@
-"""Networks that the evaluation compares images by: Inception, LPIPS, timm models, TorchScript modules, classifiers.
+"""Networks that the evaluation compares images by: Inception and LPIPS; those of the user are in named_networks.py.
 
 Each is called with uint8 images (n, 3, H, W) on its device and returns a dict of float32 tensors: "features" (n, d),
 "logits" (n, classes), or both.
@@ -6,14 +6,11 @@ Each is called with uint8 images (n, 3, H, W) on its device and returns a dict o
 
 import io
 import os
-import re
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import lpips
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +19,6 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from evaluation.weights import fill_randomly, load_strictly, published_digits, read_network_weights
 from runtime.files import sha256
-from runtime.text import one_line
 
 RESIZES = {
     "tf1": "bilinear, top-left corners aligned, as in TensorFlow 1: torch-fidelity, ADM, the FID literature",
@@ -39,11 +35,15 @@ class Network:
 
     record: everything its features depend on, for metrics.json and saved statistics: "name", "weights" (SHA-256 or
             "random") and options such as "resize"
+    classes: names of a classifier's outputs, None if unknown
+    classes_file: the file that the user made of them, None if they came with the weights
     """
 
     name: str
     module: nn.Module | None  # None if its features are only known from saved statistics
     record: dict = field(default_factory=dict)
+    classes: list[str] | None = None
+    classes_file: Path | None = None
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -189,99 +189,3 @@ def lpips_features(path: str | os.PathLike | None = None, device: str | torch.de
     else:
         fill_randomly(trunk)
     return make_network("lpips", module, path, device, net="alex", version="0.1")
-
-
-# ---- networks that the user names ----------------------------------------------------------------
-
-
-class TimmNetwork(nn.Module):
-    """A timm model after an antialiased resize to its input size and its own normalisation.
-
-    uint8 (n, 3, H, W) -> {key: (n, d)}
-
-    size: pixels per side of the input, 0 for the model's own
-    key: "features" (before the head) or "logits"
-    """
-
-    def __init__(self, model: nn.Module, size: int, key: str):
-        super().__init__()
-        config = timm.data.resolve_model_data_config(model)
-        self.model, self.key, self.size = model, key, (size or config["input_size"][-1],) * 2
-        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(config[name])[:, None, None])
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = F.interpolate(images.float(), self.size, mode=self.mode, align_corners=False, antialias=True)
-        x = self.model.forward_features((x.clamp(0, 255) / 255 - self.mean) / self.std)
-        return {self.key: self.model.forward_head(x, pre_logits=self.key == "features")}
-
-
-class ScriptNetwork(nn.Module):
-    """A TorchScript module that maps uint8 (n, 3, H, W) to (n, d); returns {key: (n, d)}."""
-
-    def __init__(self, path: str | os.PathLike, key: str):
-        super().__init__()
-        self.path, self.key = path, key
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.model = torch.jit.load(path, map_location="cpu")
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as TorchScript ({one_line(error, 100)}), expected a TorchScript file: "
-                "name another file, or MODEL=FILE."
-            ) from None
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = self.model(images)
-        if not torch.is_tensor(x) or x.ndim != 2 or len(x) != len(images):
-            shape = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-            raise ValueError(
-                f"{self.path} returns {shape} for {len(images)} images, expected ({len(images)}, dimensions): "
-                "name another file."
-            )
-        return {self.key: x.float()}
-
-
-def named_network(
-    spec: str, key: str = "features", random: bool = False, device: str | torch.device = "cpu"
-) -> Network:
-    """Return the network of a --features or --classifier value.
-
-    spec: "MODEL[@SIZE]=FILE", a timm model, pixels per side of its input, and its weights; "MODEL[@SIZE]" if `random`;
-          or the path of a TorchScript file
-    key: "features" or "logits"
-
-    Raises ValueError if `spec` has none of these forms, or the file is absent or does not fit.
-    """
-    name, _, path = spec.rpartition("=")
-    if not name and not (random and not Path(spec).exists()):
-        return make_network(Path(spec).stem, ScriptNetwork(spec, key), spec, device)
-    name, path = (name, path) if name else (spec, None)
-    model, at, size = name.partition("@")
-    if not timm.is_model(model) or path == "" or not re.fullmatch("[1-9][0-9]*" if at else "", size):
-        raise ValueError(f"{spec!r} names no timm model, expected MODEL=FILE, MODEL@SIZE=FILE or a TorchScript file.")
-    tensors = read_network_weights(path) if path else None
-    return make_network(name, timm_network(model, int(size or 0), key, tensors, path), path, device)
-
-
-def timm_network(
-    model: str, size: int, key: str, tensors: dict[str, torch.Tensor] | None, path: str | None
-) -> TimmNetwork:
-    """Build a timm model and load `tensors`, read from `path`, or random weights if None; see `TimmNetwork`."""
-    sizes, head = {}, timm.get_pretrained_cfg(model).classifier
-    if tensors is not None and isinstance(head, str):  # as many classes as the file has, 0 if it has no head
-        weight = tensors.get(f"{head}.weight")
-        sizes["num_classes"] = 0 if weight is None else len(weight)
-    try:
-        net = timm.create_model(model, pretrained=False, **sizes, **({"img_size": size} if size else {}))
-    except TypeError:  # convolutional networks have no img_size and take any size
-        net = timm.create_model(model, pretrained=False, **sizes)
-    if tensors is None:
-        fill_randomly(net)
-    else:
-        # for vision transformers: convert published names to timm's and resample the position embedding
-        convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-        load_strictly(net, convert(tensors, net) if convert else tensors, path, f"timm's {model}")
-    return TimmNetwork(net, size, key)

@@ -78,8 +78,8 @@ class PassSums:
             self.diversity.add(plan.labels[rows], self.outputs(self.networks.lpips, rows, images)["features"])
         if self.networks.classifier:
             logits = self.outputs(self.networks.classifier, rows, images)["logits"]
-            predicted, label = logits.argmax(1).cpu().numpy(), plan.labels[rows]
-            is_correct = predicted == label, plan.parents[predicted] == plan.parents[label]
+            predicted, label = self.networks.outputs[logits.argmax(1).cpu().numpy()], plan.labels[rows]
+            is_correct = predicted == label, (predicted >= 0) & (plan.parents[predicted] == plan.parents[label])
             for counts, correct in zip(self.correct, is_correct):
                 np.add.at(counts, plan.superclass[rows], correct)
 

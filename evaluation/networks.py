@@ -3,13 +3,17 @@
 import argparse
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from evaluation import features
+from evaluation.class_names import match_classes
 from evaluation.features import Network
+from evaluation.named_networks import named_network
 from evaluation.saved_statistics import Statistics
 from evaluation.weights import find_network_weights
 from hierarchy import Hierarchy
+from runtime.text import shorten
 
 
 @dataclass
@@ -19,11 +23,14 @@ class Networks:
     features    networks whose features give Frechet distance and KID; Inception, if present, is the first
     lpips       `features.lpips_features`, or None
     classifier  network with "logits" of the data's classes, or None
+    outputs     int64 (outputs,), label of each output of the classifier, -1 for a class that the data lack; None until
+                `check_networks`
     """
 
     features: list[Network] = field(default_factory=list)
     lpips: Network | None = None
     classifier: Network | None = None
+    outputs: np.ndarray | None = None
 
     def all(self) -> list[Network]:
         """Return every network."""
@@ -44,7 +51,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> Networks:
     for flag, given in (("inception", args.inception), ("lpips-trunk", args.lpips_trunk)):
         if given != "none":
             paths[flag] = None if random and not given else find_network_weights(flag, given)
-    networks = Networks([features.named_network(spec, "features", random, device) for spec in args.features or ()])
+    networks = Networks([named_network(spec, "features", random, device) for spec in args.features or ()])
     names = ["inception", *(network.name for network in networks.features)]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -55,7 +62,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> Networks:
     if "lpips-trunk" in paths:
         networks.lpips = features.lpips_features(paths["lpips-trunk"], device)
     if args.classifier:
-        networks.classifier = features.named_network(args.classifier, "logits", random, device)
+        networks.classifier = named_network(args.classifier, "logits", random, device)
     if not networks.all():
         raise ValueError("No network was named, expected Inception, LPIPS, --features or --classifier: name one.")
     return networks
@@ -76,6 +83,8 @@ def check_networks(
 ):
     """Raise ValueError if saved statistics come from another network or crop, or the classifier has other classes.
 
+    Sets `Networks.outputs`.
+
     sets: as `image_sets.open_set` returns them
     dims: of `Networks.output_dims`, {} if no images are compared
     size: pixels per side of the images
@@ -83,14 +92,40 @@ def check_networks(
     for each in sets:
         if isinstance(each, Statistics):
             check_statistics(each, networks, dims, size)
-    classifier = networks.classifier
-    if classifier and hierarchy is None:
+    if networks.classifier and hierarchy is None:
         raise ValueError("--classifier is set, but the images have no classes, expected class folders: drop the flag.")
-    if classifier and dims and dims[classifier]["logits"] != hierarchy.num_classes:
+    if networks.classifier and dims:
+        networks.outputs = match_outputs(networks.classifier, dims[networks.classifier]["logits"], hierarchy)
+
+
+def match_outputs(classifier: Network, count: int, hierarchy: Hierarchy) -> np.ndarray:
+    """Return the label of each of the classifier's outputs, int64 (count,), -1 for a class that the hierarchy lacks.
+
+    Without names, or with names that came with the weights and are not the hierarchy's, output k is class k.
+
+    Raises ValueError if the outputs are not as many as their names, or if a class of the hierarchy has no output.
+    """
+    file = classifier.classes_file
+    if file and len(classifier.classes) != count:
         raise ValueError(
-            f"The classifier has {dims[classifier]['logits']} classes, expected the {hierarchy.num_classes} of "
-            f"{hierarchy.name}: name another."
+            f"{file} has {len(classifier.classes)} classes, expected the {count} outputs of {classifier.name}: correct it."
         )
+    if classifier.classes and len(classifier.classes) == count:
+        labels = match_classes(classifier.classes, hierarchy).labels
+        missing = sorted(set(range(hierarchy.num_classes)) - set(labels.tolist()))
+        if not missing:
+            return labels
+        if file:
+            names = shorten(hierarchy.classes[c] for c in missing)
+            raise ValueError(
+                f"{file} lacks {len(missing)} classes of {hierarchy!r} ({names}): correct it, or name another classifier."
+            )
+    if count != hierarchy.num_classes:
+        raise ValueError(
+            f"The classifier has {count} classes, expected the {hierarchy.num_classes} of {hierarchy.name}: name another, or "
+            "put its class names beside it as NAME.classes.txt."
+        )
+    return np.arange(count)
 
 
 def check_statistics(statistics: Statistics, networks: Networks, dims: dict[Network, dict[str, int]], size: int | None):

@@ -75,3 +75,22 @@ def own_hierarchy(images: ImageSet) -> Hierarchy | None:
         return images.own_hierarchy() if isinstance(images, Folder) and images.labelled else None
     except ValueError:
         return None
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+POOR_ACCURACY = 0.1  # top-1 accuracy on real images below which a classifier cannot judge generated ones
+
+
+def classifier_notes(overall: dict, hierarchy: Hierarchy | None) -> list[str]:
+    """Return a sentence if the classifier is near chance on the real images.
+
+    overall: the metrics of all images
+    """
+    found = overall.get("top1_real")
+    if found is None or found >= max(POOR_ACCURACY, 2 / hierarchy.num_classes):
+        return []
+    return [
+        f"The classifier finds the class of {found:.1%} of the real images, and chance of {1 / hierarchy.num_classes:.1%}: its "
+        "classes may be in another order, which a file of their names beside it would settle."
+    ]

@@ -62,14 +62,15 @@ def add_network_flags(add: Callable):
     add(
         "--features",
         nargs="+",
-        metavar="MODEL[@SIZE]=FILE",
-        help="more networks to compare features by: a timm model with its weights, or a TorchScript FILE that takes uint8 "
-        "images (it is a program, so only name one that you trust); if not given, none",
+        metavar="[NAME:]MODEL[@SIZE]=FILE",
+        help="more networks to compare features by: a timm model with its weights, called NAME in the report, or a TorchScript "
+        "FILE that takes uint8 images (it is a program, so only name one that you trust); if not given, none",
     )
     add(
         "--classifier",
-        metavar="MODEL[@SIZE]=FILE",
-        help="classifier of the data's classes, in the same forms, for the accuracy; if not given, none",
+        metavar="[NAME:]MODEL[@SIZE]=FILE",
+        help="classifier of the data's classes, in the same forms, for the accuracy; its outputs are in the order of the "
+        "classes, or of the names in a file STEM.classes.txt beside FILE, one a line; if not given, none",
     )
     add(
         "--random-weights",

@@ -35,7 +35,9 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
         ("pooled", lambda row: row.get("lpips_pooled"), "{:.3f}"),
         ("real pooled", lambda row: row.get("lpips_pooled_real"), "{:.3f}"),
         ("top-1", lambda row: row.get("top1"), "{:.1%}"),
+        ("real top-1", lambda row: row.get("top1_real"), "{:.1%}"),
         ("superclass", lambda row: row.get("superclass_accuracy"), "{:.1%}"),
+        ("real superclass", lambda row: row.get("superclass_accuracy_real"), "{:.1%}"),
     ]
     rows = rows_of(report).values()
     return [column for column in candidates if any(column[1](row) is not None for row in rows)]

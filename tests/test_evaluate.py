@@ -130,6 +130,28 @@ def test_accuracy_equals_the_classifiers(sets, report):
             assert row[f"superclass_accuracy{suffix}"] == pytest.approx(np.mean(same_superclass))
 
 
+def test_a_classifier_in_another_order_needs_its_class_names(sets, command, tmp_path):
+    """A classifier that reads the class from the top-left pixel, with its outputs in reverse order."""
+    for name in ("real", "fake"):
+        for path in sorted((sets / name).glob("*/*/*.png")):
+            image = Image.new("RGB", (8, 8), (50 * NAMES.index(path.parent.name), path.stat().st_size % 256, 0))
+            copy = tmp_path / name / path.relative_to(sets / name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            image.save(copy)
+    torch.jit.script(image_sets.CornerReader()).save(tmp_path / "reader.pt")
+    flags = (tmp_path / "real", tmp_path / "fake", *NO_NETWORKS, "--classifier", tmp_path / "reader.pt")
+    result, found = run(command, tmp_path / "out", *flags)
+    assert found["overall"]["top1"] == found["overall"]["top1_real"] == 0.2  # the third class alone
+    (note,) = (note for note in found["notes"] if note.startswith("The classifier finds"))
+    assert "20.0% of the real images, and chance of 20.0%" in note
+    (tmp_path / "reader.classes.txt").write_text("\n".join(NAMES[::-1]))
+    result, found = run(command, tmp_path / "out", *flags)
+    assert found["overall"]["top1"] == found["overall"]["top1_real"] == 1
+    assert not any(note.startswith("The classifier finds") for note in found["notes"])
+    titles, *_, overall = result.out.split("  Precision")[0].splitlines()[:5]
+    assert "real top-1" in titles and overall.count("100.0%") == 4
+
+
 def test_fid_and_inception_score_use_inception(sets, command, tmp_path):
     for seed, name in enumerate(("real", "fake")):
         write_set(tmp_path / name, 40, 2, seed=seed)

@@ -92,7 +92,9 @@ def test_statistics_are_matched_by_the_members_of_superclasses(tmp_path):
     shuffled = Hierarchy(OWN.classes, OWN.superclasses, OWN.parents.roll(1), "shuffled")
     for other in (shuffled, PART):
         assert not same_members(OWN, other)
-        with refusal("stats.npz has other superclasses than", "or other classes in them", "--hierarchy it was made with"):
+        with refusal(
+            "stats.npz has other superclasses than", "or other classes in them", "--hierarchy it was made with"
+        ):
             statistics.label(other)
     with np.load(tmp_path / "stats.npz") as file:
         assert json.loads(str(file["record"]))["hierarchy"]["classes"] == SPECIES

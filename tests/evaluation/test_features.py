@@ -1,5 +1,6 @@
 """The networks give the same outputs as the published programs on the same weights, and refuse files that do not fit."""
 
+import json
 import warnings
 
 import lpips
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.tiny_models import refusal
+from helpers.tiny_models import PETS, refusal
 from PIL import Image
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -19,8 +20,9 @@ with warnings.catch_warnings():
     from pytorch_fid import fid_score
     from pytorch_fid import inception as pytorch_fid_inception
 
-from evaluation import features
+from evaluation import features, networks
 from evaluation.metrics import Gaussian, features_root, frechet_distance, gaussian_root
+from evaluation.named_networks import named_network
 from runtime.files import sha256
 
 
@@ -159,24 +161,80 @@ def test_timm_model_with_local_weights(tmp_path, model, size):
     with torch.inference_mode():
         scaled = (x / 255 - mean) / std
         expected, logits = net.forward_head(net.forward_features(scaled), pre_logits=True), net(scaled)
-    network = features.named_network(f"{model}={path}")
+    network = named_network(f"{model}={path}")
     torch.testing.assert_close(network(x)["features"], expected)
     assert network.name == model and network.record["weights"] == sha256(path)
-    torch.testing.assert_close(features.named_network(f"{model}={path}", "logits")(x)["logits"], logits)
+    torch.testing.assert_close(named_network(f"{model}={path}", "logits")(x)["logits"], logits)
 
 
 def test_timm_model_at_another_input_size(tmp_path):
     _, path = save_timm_model(tmp_path, "test_vit")
     x = images(2, 64)
-    network = features.named_network(f"test_vit@64={path}")
+    network = named_network(f"test_vit@64={path}")
     assert network(x)["features"].shape == (2, 64) and network.module.size == (64, 64)
     assert network.module.model.pos_embed.shape[1] == 17  # resampled to 4 x 4 patches and the class token
+
+
+SCALING = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 96, 96], "interpolation": "bilinear"}
+
+
+def test_a_timm_model_with_a_tag_of_the_hub_is_scaled_by_the_config_beside_it(tmp_path):
+    """timm's registry lacks the tags of its iNaturalist classifiers: their config.json has mean and deviation."""
+    net, path = save_timm_model(tmp_path, "test_resnet", num_classes=7)
+    spec = f"reader:test_resnet.ft_inat21={path}"
+    with refusal("has no tag 'ft_inat21' of test_resnet, expected the config.json", "put it beside .*test_resnet.pth"):
+        named_network(spec, "logits")
+    config = {
+        "architecture": "test_resnet",
+        "num_classes": 7,
+        "pretrained_cfg": SCALING,
+        "label_names": list("abcdefg"),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network = named_network(spec, "logits")
+    assert network.name == "reader" and network.module.size == (96, 96) and network.module.mode == "bilinear"
+    assert network.classes == list("abcdefg") and network.record["config"] == sha256(tmp_path / "config.json")
+    x = images(2, 96)
+    mean, std = (torch.tensor(SCALING[key])[:, None, None] for key in ("mean", "std"))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x)["logits"], net((x / 255 - mean) / std))
+    # the config of another model is not this one's
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "test_vit"}))
+    assert named_network(f"test_resnet={path}").module.size == (160, 160)
+    for scaling in (SCALING | {"std": [0, 0.5, 0.6]}, SCALING | {"mean": 1}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": scaling}))
+        with refusal("config.json is damaged \\(", "expected the mean, std", "download it again"):
+            named_network(spec, "logits")
+
+
+def test_class_names_beside_a_classifier(tmp_path):
+    _, path = save_timm_model(tmp_path, "test_resnet", num_classes=6)
+    spec, file = f"test_resnet={path}", tmp_path / "test_resnet.classes.txt"
+    names = [*PETS.classes[::-1], "wolf"]
+    file.write_text("\n".join(names) + "\n")
+    network = named_network(spec, "logits")
+    assert network.classes == names and networks.match_outputs(network, 6, PETS).tolist() == [4, 3, 2, 1, 0, -1]
+    with refusal("test_resnet.classes.txt has 6 classes, expected the 7 outputs"):
+        networks.match_outputs(network, 7, PETS)
+    network.classes = ["lion", *names[1:]]
+    with refusal("test_resnet.classes.txt lacks 1 classes of .* \\('puma'\\)"):
+        networks.match_outputs(network, 6, PETS)
+    # names that came with the weights may be of another kind
+    network.classes_file = None
+    with refusal("The classifier has 6 classes, expected the 5 of pets", "NAME.classes.txt"):
+        networks.match_outputs(network, 6, PETS)
+    network.classes = ["Felis catus", "a", "b", "c", "d"]
+    assert networks.match_outputs(network, 5, PETS).tolist() == [0, 1, 2, 3, 4]
+    for text in ("", "a\n\nb\n", "a\na\n"):
+        file.write_text(text)
+        with refusal("test_resnet.classes.txt is no list of class names"):
+            named_network(spec, "logits")
 
 
 def test_weights_that_do_not_fit_a_timm_model_are_refused(tmp_path):
     _, path = save_timm_model(tmp_path, "test_vit")
     with refusal("does not fit timm's test_resnet"):
-        features.named_network(f"test_resnet={path}")
+        named_network(f"test_resnet={path}")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +242,7 @@ def test_weights_that_do_not_fit_a_timm_model_are_refused(tmp_path):
 )
 def test_specs_that_name_no_network_are_refused(spec):
     with refusal("file|FILE"):
-        features.named_network(spec)
+        named_network(spec)
 
 
 class Means(torch.nn.Module):
@@ -201,19 +259,19 @@ def test_torchscript_modules(tmp_path):
     x = images(2, 20)
     for module in (Means(), Maps()):
         torch.jit.script(module).save(tmp_path / f"{type(module).__name__}.pt")
-    network = features.named_network(str(tmp_path / "Means.pt"))
+    network = named_network(str(tmp_path / "Means.pt"))
     assert network.name == "Means" and network(x)["features"].equal(x.float().mean((2, 3)))
     with refusal(r"returns \(2, 3, 20, 20\) for 2 images", "expected "):
-        features.named_network(str(tmp_path / "Maps.pt"))(x)
+        named_network(str(tmp_path / "Maps.pt"))(x)
     (tmp_path / "text.pt").write_text("no module")
     with refusal("cannot be read as TorchScript"):
-        features.named_network(str(tmp_path / "text.pt"))
+        named_network(str(tmp_path / "text.pt"))
 
 
 def test_random_weights_are_the_same_on_every_call():
     x = images(2, 32)
     for spec in ("test_vit@32", "test_resnet"):
-        one, two = (features.named_network(spec, random=True) for _ in range(2))
+        one, two = (named_network(spec, random=True) for _ in range(2))
         assert one(x)["features"].equal(two(x)["features"]) and one.record["weights"] == "random"
     one, two = (features.lpips_features() for _ in range(2))
     assert one(x)["features"].equal(two(x)["features"])
