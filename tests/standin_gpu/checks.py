@@ -11,11 +11,13 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from helpers.commands import call
 from helpers.launch import launch, worst
 from helpers.tiny_files import write_images
+from standin_gpu.standin import CARDS, Counters
 from torch._dynamo.utils import counters as dynamo
 from torch.nn.attention import SDPBackend
 
@@ -28,7 +30,6 @@ from finetune import METHODS, select, store_frozen
 from guidance import ALL_TIMESTEPS, Guidance
 from runtime.device import DTYPES, resolve_precision
 from sampling.samplers import SAMPLERS, sample_keyed, sample_latents
-from standin_gpu.standin import CARDS, Counters
 from training import memory
 
 SIZES = {256: (32, 64), 512: (64, 16)}  # pixels: side of the latents, images in a forward pass
@@ -62,27 +63,30 @@ def strided_streams(model: torch.nn.Module, call) -> int:
     return len(strided)
 
 
+def training_step(half: str, size: int, images: int) -> dict:
+    """Return counts and memory of a DiT-XL/2 step on latents of side `size`."""
+    bench = Bench("cuda", half=half)
+    model = random_dit(bench, "DiT-XL/2", size).train()
+    parameters = select(model, METHODS["finediffusion"])
+    store_frozen(model, DTYPES[half])
+    per_image, per_pass = memory.activation_bytes(model, lambda: torch.autocast("cuda", DTYPES[half]))
+    forecast = sum(memory.forecast_bytes(model, parameters, per_image, per_pass, images).values())
+    step = our_training(bench, model)
+    moments, _, labels, _ = make_batch(bench, images, size)
+    strided = strided_streams(model, lambda: step(moments, labels))
+    torch.cuda.reset_peak_memory_stats()
+    counts = Counters().count(lambda: step(moments, labels))
+    peak = torch.cuda.max_memory_allocated()
+    return counts | {"strided": strided, "forecast": forecast / GIB, "peak": peak / GIB}
+
+
 def training() -> dict:
-    """Return counts and memory of a DiT-XL/2 step by image size, in the card's half precision."""
-    half = resolve_precision("bf16", "cuda")
-    bench, found = Bench("cuda", half=half), {"precision": half}
-    for pixels, (size, images) in SIZES.items():
-        model = random_dit(bench, "DiT-XL/2", size).train()
-        parameters = select(model, METHODS["finediffusion"])
-        store_frozen(model, DTYPES[half])
-        per_image, per_pass = memory.activation_bytes(model, lambda: torch.autocast("cuda", DTYPES[half]))
-        forecast = sum(memory.forecast_bytes(model, parameters, per_image, per_pass, images).values())
-        step = our_training(bench, model)
-        moments, _, labels, _ = make_batch(bench, images, size)
-        strided = strided_streams(model, lambda: step(moments, labels))  # noqa: B023
+    """Return the steps by image size, in the card's half precision."""
+    half, found = resolve_precision("bf16", "cuda"), {}
+    for pixels, sizes in SIZES.items():
+        found[pixels] = training_step(half, *sizes)
         gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        counts = Counters().count(lambda: step(moments, labels))  # noqa: B023
-        peak = torch.cuda.max_memory_allocated()
-        found[pixels] = counts | {"strided": strided, "forecast": forecast / GIB, "peak": peak / GIB}
-        del model, parameters, step
-        gc.collect()
-    return found
+    return found | {"precision": half}
 
 
 def sampling() -> dict:
@@ -136,6 +140,17 @@ def compiled_graphs() -> dict:
 TRAIN = "--model DiT-Ti/2 --vae none --resume none --num-workers 0 --log-every 2 --preview-images 0".split()
 
 
+def cramped(function: Callable) -> Callable:
+    """Return the function on a card without memory."""
+
+    def replacement(*arguments):
+        os.environ["STANDIN_GIB"] = "0.45"
+        torch.cuda.empty_cache()
+        return function(*arguments)
+
+    return replacement
+
+
 def out_of_memory() -> dict:
     """Return the code and the last line of commands that run out of memory, by the place where they do."""
     found = {}
@@ -163,7 +178,8 @@ def out_of_memory() -> dict:
         ]
         flags += ["--max-steps", 2, "--global-batch-size"]
         run("backward pass", train.main, 0.8, *flags, 16)
-        run("preview", train.main, 0.8, *flags, 2, "--experiment", "run", "--preview-images", 16)
+        with patch.object(train, "save_preview", cramped(train.save_preview)):
+            run("preview", train.main, 0.8, *flags, 2, "--experiment", "run", "--preview-images", 16)
         found["preview"] += ((folder / "run/log.txt").read_text(), len(list(folder.glob("run/states/*"))))
         adapter = folder / "run/adapters/0000002.safetensors"
         flags = ["--ckpt", adapter, "--num-sampling-steps", 2, "--sample-dir", folder]
