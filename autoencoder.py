@@ -14,6 +14,7 @@ import torch
 from runtime.text import one_line
 
 SD_SCALE = 0.18215  # scale of the Stable Diffusion autoencoders that DiT was trained with
+DECODED_PIXELS = 2**19  # 8 images of 256 pixels, 2 of 512: 1.6 GiB in float32 for the published autoencoders
 PUBLISHED_VAES = {  # repository and commit; nothing else is ever downloaded
     "ema": ("stabilityai/sd-vae-ft-ema", "f04b2c4b98319346dad8c65879f680b1997b204a"),
     "mse": ("stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"),
@@ -65,10 +66,20 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents (N, C, H/f, W/f) to images, float32 (N, 3, H, W), not clamped to [-1, 1]."""
+        """Decode scaled latents (N, C, H/f, W/f) to images, float32 (N, 3, H, W), not clamped to [-1, 1].
+
+        A GPU decodes DECODED_PIXELS at a time, so that the memory does not grow with N.
+        """
         if self.vae is None:
             return latents
-        return self.vae.decode(latents.to(self.dtype) / self.scale).sample.float()
+        pixels = latents.shape[2] * latents.shape[3] * self.downscale**2
+        parts = (latents.to(self.dtype) / self.scale).split(decoded_together(len(latents), pixels, latents.device))
+        return torch.cat([self.vae.decode(part).sample.float() for part in parts])
+
+
+def decoded_together(images: int, pixels: int, device: torch.device) -> int:
+    """Return how many of `images`, with `pixels` each, a device decodes at a time: all of them on a CPU."""
+    return max(1, DECODED_PIXELS // pixels) if device.type == "cuda" else images
 
 
 def hash_encoder(vae: torch.nn.Module) -> str:

@@ -24,10 +24,18 @@ from hierarchy import Hierarchy
 from hierarchy.layouts import folder_names
 from models import DiT
 from runtime.cli import Parser, check_range, run_command
-from runtime.device import check_gpu, describe_computation, half_dtype, resolve_compile, resolve_precision, set_tf32
+from runtime.device import (
+    check_gpu,
+    describe_computation,
+    explain_full_memory,
+    half_dtype,
+    resolve_compile,
+    resolve_precision,
+    set_tf32,
+)
 from sampling.grid import caption, labelled_grid
 from sampling.load import build_guidance, load_model
-from sampling.options import add_options, check_options
+from sampling.options import add_options, advise_smaller, check_options
 from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
 
 EXAMPLES = """
@@ -117,13 +125,15 @@ def sample_batches(
     for i in range(0, len(jobs), size):
         batch = jobs[i : i + size]
         labels = [label for label, _ in batch]
-        if official:
-            options = dict(cfg_scale=guidance.scale, cfg_channels=guidance.channels)
-            latents = sample_latents_official(model, labels, seed=args.seed, steps=steps, **options)
-        else:
-            keys = [(args.seed, label, position) for label, position in batch]
-            latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps, autocast=half)
-        images = autoencoder.decode(latents)
+        flag = "--per-class" if official else "--batch-size"
+        with explain_full_memory(len(batch), advise_smaller(flag, len(batch))):
+            if official:
+                options = dict(cfg_scale=guidance.scale, cfg_channels=guidance.channels)
+                latents = sample_latents_official(model, labels, seed=args.seed, steps=steps, **options)
+            else:
+                keys = [(args.seed, label, position) for label, position in batch]
+                latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps, autocast=half)
+            images = autoencoder.decode(latents)
         check_finite_images(images, [f"Image {k} of class {label} of seed {args.seed}" for label, k in batch])
         yield batch, to_uint8(images)
 

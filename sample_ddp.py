@@ -27,11 +27,18 @@ from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
 from guidance import hash_integer
 from runtime.cli import Parser, check_range, run_command
-from runtime.device import describe_computation, half_dtype, resolve_compile, resolve_precision, set_tf32
+from runtime.device import (
+    describe_computation,
+    explain_full_memory,
+    half_dtype,
+    resolve_compile,
+    resolve_precision,
+    set_tf32,
+)
 from runtime.files import sha256
 from runtime.processes import keep_process_group, run_on_main, start_processes
 from sampling.load import build_guidance, load_model
-from sampling.options import add_options, check_options
+from sampling.options import add_options, advise_smaller, check_options
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
 from sampling.store import FORMATS, Store, Writer
 
@@ -203,7 +210,8 @@ def sample(args: argparse.Namespace):
     def generate(numbers):
         keys = [(args.global_seed, k) for k in numbers]
         options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half)
-        return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
+        with explain_full_memory(len(numbers), advise_smaller("--per-proc-batch-size", len(numbers))):
+            return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
 
     if state.is_main_process and device.type == "cuda":
         print(describe_computation(device, precision, compiled))

@@ -253,7 +253,10 @@ def run_case(case: Case, bench: Bench) -> list[Row]:
     gc.collect()
     if bench.compiled:
         torch.compiler.reset()  # torch keeps only a few graphs, of other shapes and types
-    rows = list(case.run(bench, case.name, case.about, **case.settings))
+    try:
+        rows = list(case.run(bench, case.name, case.about, **case.settings))
+    except torch.OutOfMemoryError:  # of either side
+        rows = [Row(case.name, case.about, "", None, faults=["does not fit in memory"])]
     print(table(rows).split("\n", 2)[2], file=sys.stderr, flush=True)
     return rows
 

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,18 @@ def check_gpu(device: str | torch.device):
             f"{torch.__version__} was built: install torch 2.10.0 with torchvision 0.25.0 (CUDA 12.6 or 12.8 builds "
             "serve sm_70 and later)."
         )
+
+
+@contextmanager
+def explain_full_memory(images: int, advice: str) -> Iterator[None]:
+    """Raise ValueError with advice if the GPU's memory is full. images: in a forward pass."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The GPU's memory is full with {images} images in a forward pass ({str(error).split('. ')[0]}), expected room: "
+            f"{advice}."
+        ) from None
 
 
 # ---- precision -----------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ def add_group(parser: argparse.ArgumentParser, title: str, without: Sequence[str
     return add
 
 
+def advise_smaller(flag: str, images: int) -> str:
+    """Return advice for a GPU whose memory is full with `images` in a forward pass. flag: the one that chooses that number."""
+    return f"pass {flag} {images // 2}" if images > 1 else "pass --mixed-precision bf16 or fp16"
+
+
 def check_options(args: argparse.Namespace):
     """Raise ValueError if a shared flag is invalid or contradicts another."""
     check_range(args, num_sampling_steps=(1, 1000))

@@ -1,16 +1,19 @@
 """Input that sample_ddp.py refuses, if possible before the first sample: flags, foreign folders, a full disk, NaN."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import sampling_runs
 from helpers.refusals import ODD, ROW, refused
 from helpers.sampling_runs import NAMES, files
 from helpers.tiny_files import tree
 
+import sample
 import sample_ddp
 from sample_ddp import balanced_labels
 from sampling import store
@@ -47,6 +50,26 @@ def test_bad_flags(flags, words, here, tmp_path):
     before = tree(tmp_path)
     refused(here("x", *flags.split()), words)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.reliability(*ROW)
+@pytest.mark.parametrize(
+    "command_of, flag, advice",
+    [
+        (sample, ["--batch-size", 4], "4 images in a forward pass (CUDA out of memory), expected .* --batch-size 2."),
+        (sample, ["--batch-size", 1], "1 images in a forward pass (CUDA out of memory), expected .* --mixed-precision"),
+        (sample_ddp, [], "1 images in a forward pass (CUDA out of memory), expected room: pass --mixed-precision bf16"),
+    ],
+)
+def test_full_gpu_memory(command_of, flag, advice, command, adapter, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7"
+        )
+
+    monkeypatch.setattr(command_of, "sample_keyed", full)
+    result = command(command_of.main, "--ckpt", adapter, "--sample-dir", tmp_path / "out", *flag)
+    assert result.code == 2 and re.search(advice.replace("(", r"\(").replace(")", r"\)"), result.err.split("\n")[-2])
 
 
 @pytest.mark.reliability(*ROW)

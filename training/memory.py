@@ -12,7 +12,8 @@ from torch import nn
 
 GIB = 2**30
 ENCODER_MAPS = 5.3  # peak of an encoder in full-size feature maps: 0.165 GiB at 256 pixels in float32, on a CPU
-RESERVE = 0.08  # share of the GPU for the CUDA context, libraries and fragmentation
+RESERVED = 1.10  # what the allocator reserves, over the forecast: 1.04 in float32, up to 1.09 in half precision
+CONTEXT, EXCHANGE = 0.6 * GIB, 0.8 * GIB  # bytes of CUDA and its libraries, and of NCCL's buffers
 
 
 def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
@@ -83,7 +84,9 @@ def forecast_bytes(
     }
 
 
-def describe_forecast(need: dict[str, int], per_image: int, images: int, capacity: int | None = None) -> str:
+def describe_forecast(
+    need: dict[str, int], per_image: int, images: int, capacity: int | None = None, processes: int = 1
+) -> str:
     """Return a sentence about the forecast, with advice if it exceeds the GPU's `capacity` in bytes."""
     total = sum(need.values())
     parts = ", ".join(f"{use} {size / GIB:.2f}" for use, size in need.items())
@@ -91,7 +94,7 @@ def describe_forecast(need: dict[str, int], per_image: int, images: int, capacit
     text = f"memory: about {total / GIB:.1f} GiB per process ({details})"
     if capacity is None:
         return text
-    room = capacity * (1 - RESERVE)
+    room = (capacity - CONTEXT - EXCHANGE * (processes > 1)) / RESERVED
     text += f" of {capacity / GIB:.1f} GiB"
     if total <= room:
         return text

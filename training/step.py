@@ -18,6 +18,9 @@ from diffusion import GaussianDiffusion
 from runtime.private import skip_update_if
 
 NUM_TIMESTEPS = 1000
+# How many numbers a GPU draws at once: the threads of 256 blocks of 256. If a GPU cannot run all blocks together, its
+# threads draw several numbers each, and the sequence depends on the model of the GPU.
+DRAWN_TOGETHER = 2**16
 
 
 def draw_step_noise(
@@ -32,8 +35,8 @@ def draw_step_noise(
 ) -> dict[str, torch.Tensor]:
     """Draw all that is random in a step, for the B = `batch` images of the global batch.
 
-    The draws depend on (seed, step) alone. A resumed run, or one on another number of processes, sees the same.
-    `latent_shape` is (C, h, w). Returns a dict of
+    The draws depend on (seed, step) alone, and on whether a GPU or a CPU draws. A resumed run, or one on another number of
+    processes or another model of GPU (a V100, an A10 or larger), sees the same. `latent_shape` is (C, h, w). Returns a dict of
 
     t          timesteps in 0..999, int64 (B,)
     flip       mirror the image, bool (B,): with probability 1/2, or never if not `flip`
@@ -44,6 +47,7 @@ def draw_step_noise(
     """
     mixed = int(np.random.SeedSequence((seed, step, 1)).generate_state(1)[0])  # 1: not the stream of the data order
     options = dict(generator=torch.Generator(device).manual_seed(mixed), device=device)
+    together = DRAWN_TOGETHER if torch.device(device).type == "cuda" else math.prod((batch, *latent_shape))
     t = torch.randint(0, NUM_TIMESTEPS, (batch,), **options)
     flip = torch.rand(batch, **options) < (0.5 if flip else 0.0)
     u = torch.rand(batch, **options)
@@ -51,9 +55,19 @@ def draw_step_noise(
         "t": t,
         "flip": flip,
         "drop": (u < dropout_prob) + 2 * ((u >= dropout_prob) & (u < dropout_prob + null_prob)),
-        "posterior": torch.randn(batch, *latent_shape, **options),
-        "noise": torch.randn(batch, *latent_shape, **options),
+        "posterior": draw_normal((batch, *latent_shape), together, **options),
+        "noise": draw_normal((batch, *latent_shape), together, **options),
     }
+
+
+def draw_normal(
+    shape: tuple[int, ...], together: int, generator: torch.Generator, device: torch.device | str
+) -> torch.Tensor:
+    """Draw standard normal noise, float32 of `shape`, `together` numbers at a time."""
+    noise = torch.empty(shape, device=device)
+    for part in noise.view(-1).split(together):
+        part.normal_(generator=generator)
+    return noise
 
 
 def sample_posterior(

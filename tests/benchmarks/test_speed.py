@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,6 +235,17 @@ def test_without_a_reference(command, tmp_path):
     assert "step-s4 (needs --reference)" in skipped
     _, rows, _ = run(command, tmp_path, ["methods-s4"])
     assert rows["methods-s4"]["official"] is None and rows["methods-s4"]["ratio"] > 0
+
+
+def test_a_case_that_does_not_fit_is_a_row(command, tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    cases = [replace(case, run=full) if case.name == "flops-256" else case for case in speed.CASES]
+    monkeypatch.setattr(speed, "CASES", cases)
+    _, rows, page = run(command, tmp_path, ["flops-256", "flops-512"])
+    assert rows["flops-256"]["ours"] is None and rows["flops-512"]["within"] is True
+    assert "does not fit in memory" in page
 
 
 def test_no_case_starts_after_the_minutes(command, tmp_path):

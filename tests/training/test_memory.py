@@ -81,7 +81,9 @@ def test_the_forecast_advises_if_memory_is_insufficient():
     enough = memory.describe_forecast(need, memory.GIB, 32, capacity=80 * memory.GIB)
     assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
     little = memory.describe_forecast(need, memory.GIB, 32, capacity=32 * memory.GIB)
-    assert "too much, pass --micro-batch 19 " in little  # 32 * 0.92 - 10 = 19.4
+    assert "too much, pass --micro-batch 18 " in little  # (32 - 0.6) / 1.10 - 10 = 18.5
+    several = memory.describe_forecast(need, memory.GIB, 32, capacity=32 * memory.GIB, processes=2)
+    assert "too much, pass --micro-batch 17 " in several  # NCCL takes 0.8
     assert (
         "--micro-batch"
         not in memory.describe_forecast(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
