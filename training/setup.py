@@ -363,10 +363,8 @@ def log_run_summary(
     per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
     encoding = 0 if settings["latents"] else memory.encoder_bytes(autoencoder.vae, settings["image_size"])
     need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae, encoding)
-    gpu = accelerator.device.type == "cuda"
-    logger.log(
-        memory.describe_forecast(need, max(per_image, encoding), images, torch.cuda.mem_get_info()[1] if gpu else None)
-    )
+    capacity = torch.cuda.mem_get_info()[1] if accelerator.device.type == "cuda" else None
+    logger.log(memory.describe_forecast(need, max(per_image, encoding), images, capacity, world))
     if accelerator.log_with:
         lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
         settings = {name: value for name, value in (settings | lists).items() if value is not None}
