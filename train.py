@@ -9,7 +9,6 @@ SIGUSR2 save a state and exit with code 75: the same command resumes from it.
 """
 
 import argparse
-import json
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -21,12 +20,8 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 
 from checkpoint.format import save_adapter
-from checkpoint.loading import build_model
 from dataset.images import collate
 from diffusion import create_diffusion
-from finetune import METHODS, select
-from hierarchy import Hierarchy
-from hierarchy.hierarchy import check_counts
 from runtime.cli import run_command
 from runtime.device import DTYPES
 from runtime.files import atomic_write
@@ -35,8 +30,9 @@ from runtime.signals import Signals, ignore_signals
 from runtime.text import one_line
 from sampling import sample_latents
 from training import memory
+from training.dry_run import dry_run
 from training.options import check_settings, parse_args, resolve_defaults
-from training.setup import Run, begin, describe
+from training.setup import Run, begin
 from training.state import delete_old_states, save_state
 from training.step import draw_step_noise, forward_backward, learning_rate_factor, sample_posterior
 
@@ -212,29 +208,6 @@ def how_to_resume(args: argparse.Namespace, run: Run) -> str:
     if args.experiment or args.resume and Path(args.resume).is_dir():
         return "run the same command to resume"
     return f"run the same command with --resume {run.folder} to resume"
-
-
-def dry_run(args: argparse.Namespace):
-    """Print one JSON object: every setting, and what would be trained. Opens no data and allocates no weights."""
-    hierarchy = Hierarchy.load(args.hierarchy or "inat2021")
-    check_counts(hierarchy, args.num_classes, args.num_super_classes)
-    downscale, channels = (1, 3) if args.vae == "none" else (8, 4)  # Stable Diffusion's
-    if args.image_size % downscale:
-        raise ValueError(f"--image-size is {args.image_size}, expected a multiple of {downscale}.")
-    description = describe(args, hierarchy, args.image_size // downscale, channels)
-    with torch.device("meta"):
-        model = build_model(description, args.class_dropout_prob, counts_only=True)
-    total = sum(p.numel() for p in model.parameters())
-    count = sum(p.numel() for p in select(model, METHODS[args.method]).values())
-    settings = vars(args) | {
-        "embedder": description.embedder,
-        "num_classes": hierarchy.num_classes,
-        "num_super_classes": hierarchy.num_super_classes,
-        "total_params": total,
-        "trainable_params": count,
-        "trainable_percent": round(100 * count / total, 4),
-    }
-    print(json.dumps(settings, indent=1))
 
 
 def main():

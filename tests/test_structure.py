@@ -53,7 +53,7 @@ def test_the_modules_are_found():
     assert "tools.diffusers_pipeline.pipeline_finediffusion" in MODULES  # packages within packages, too
     assert imported("models") == {"tiered_embedder"}
     assert {"diffusion.respace", "diffusion.schedule"} <= imported("diffusion")
-    assert {"finetune", "training.setup"} <= imported("train") <= MODULES.keys()
+    assert {"training.step", "training.setup"} <= imported("train") <= MODULES.keys()
 
 
 def test_the_root_holds_the_commands_and_the_paper():

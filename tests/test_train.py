@@ -90,7 +90,7 @@ PLAIN, TIERED = 685_628_960, 685_640_480  # all parameters, with 1 null row or 1
 )
 def test_dry_run_counts_without_data(flags, total, trained, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = command(train.main, "--dry-run", "--data-path", "nowhere", *flags.split())
+    result = command(train.main, "--dry-run", *flags.split())
     assert (result.code, result.err, tree(tmp_path)) == (0, "", {})
     settings = json.loads(result.out)
     assert (settings["total_params"], settings["trainable_params"]) == (total, trained)

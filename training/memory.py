@@ -4,8 +4,11 @@ Parameters, gradients, moments and EMA are counted. Activations are measured: sm
 that autograd saves for the backward pass are added up. These are the same on a CPU.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -51,6 +54,31 @@ def activation_bytes(model: nn.Module, autocast: Callable[[], AbstractContextMan
     return two - one, 2 * one - two
 
 
+def activation_bytes_by_depth(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> tuple[int, int]:
+    """Return the same for a DiT on the meta device, from models with one or two of its blocks on the CPU.
+
+    Blocks with the same parameters save the same bytes, and those outside of the blocks do not depend on their number.
+    """
+    kinds = Counter(tuple(block.state_dict()) for block in model.blocks)
+    example = {tuple(block.state_dict()): block for block in model.blocks}
+
+    def measure(*blocks):
+        small = copy.deepcopy(model)
+        small.blocks = nn.ModuleList(copy.deepcopy(block) for block in blocks)
+        small.to_empty(device="cpu")
+        for tensor in (*small.parameters(), *small.buffers()):
+            tensor.data.zero_()
+        return torch.tensor(activation_bytes(small, autocast))
+
+    first, *others = kinds
+    one, two = measure(example[first]), measure(example[first], example[first])
+    outside = 2 * one - two
+    total = one + (kinds[first] - 1) * (two - one)
+    for kind in others:
+        total += kinds[kind] * (measure(example[kind]) - outside)
+    return tuple(total.tolist())
+
+
 def encoder_bytes(vae: nn.Module | None, image_size: int) -> int:
     """Return the bytes that an `AutoencoderKL` takes to encode an image, without its weights; 0 without one."""
     if vae is None:
@@ -58,48 +86,110 @@ def encoder_bytes(vae: nn.Module | None, image_size: int) -> int:
     return int(ENCODER_MAPS * vae.config.block_out_channels[0] * image_size**2 * vae.dtype.itemsize)
 
 
-def forecast_bytes(
+@dataclass(frozen=True)
+class Forecast:
+    """The GPU memory of a training step in one process, in bytes.
+
+    weights     of the model and the autoencoder
+    training    gradients, moments and EMA
+    per_image   activations of an image, see `activation_bytes`
+    per_pass    activations of a forward pass besides those of its images
+    encoding    to encode an image, see `encoder_bytes`; free again before the forward pass
+    """
+
+    weights: int
+    training: int
+    per_image: int
+    per_pass: int
+    encoding: int = 0
+
+    def need(self, images: int) -> dict[str, int]:
+        """Return the bytes by use, for `images` images per forward pass."""
+        activations = max(self.per_image * images + self.per_pass, self.encoding * images)
+        return {"weights": self.weights, "gradients, moments and EMA": self.training, "activations": activations}
+
+    def largest(self, room: float) -> int:
+        """Return the largest number of images per forward pass that `room` bytes hold; 0 if not even one fits."""
+        room -= self.weights + self.training
+        fits = (room - self.per_pass) // self.per_image
+        if self.encoding:
+            fits = min(fits, room // self.encoding)
+        return max(0, int(fits))
+
+
+def forecast(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
-    per_image: int,
-    per_pass: int,
-    images: int,
+    activations: tuple[int, int],
     vae: nn.Module | None = None,
     encoding: int = 0,
-) -> dict[str, int]:
-    """Return the bytes that a training step will need, by use.
+) -> Forecast:
+    """Return the forecast of a training step.
 
-    parameters           the trained parameters
-    per_image, per_pass  see `activation_bytes`
-    images               number of images per forward pass
-    vae                  the autoencoder, if there is one on the GPU
-    encoding             bytes to encode an image, see `encoder_bytes`; free again before the forward pass
+    parameters   the trained parameters
+    activations  see `activation_bytes`
+    vae          the autoencoder, if there is one on the GPU
+    encoding     bytes to encode an image, see `encoder_bytes`
     """
     trained = sum(p.numel() for p in parameters.values())
     everything = [*model.parameters(), *model.buffers(), *(vae.parameters() if vae else ())]
-    return {
-        "weights": sum(t.numel() * t.element_size() for t in everything),
-        "gradients, moments and EMA": 4 * (1 + 2 + 1) * trained,  # float32
-        "activations": max(per_image * images + per_pass, encoding * images),
-    }
+    weights = sum(t.numel() * t.element_size() for t in everything)
+    return Forecast(weights, 4 * (1 + 2 + 1) * trained, *activations, encoding)  # float32
 
 
-def describe_forecast(
-    need: dict[str, int], per_image: int, images: int, capacity: int | None = None, processes: int = 1
-) -> str:
+# ---- the GPU -------------------------------------------------------------------------------------
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """Return the bytes of a GPU that this process can use, as far as other programs leave them; None on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return torch.mps.recommended_max_memory() if device.type == "mps" else None
+
+
+def requested_bytes(gigabytes: float | None) -> int | None:
+    """Return the bytes of --gpu-memory, which counts 2^30 bytes as vendors of GPUs do; None if it is not given."""
+    return None if gigabytes is None else round(gigabytes * GIB)
+
+
+def room_bytes(capacity: int, processes: int = 1) -> float:
+    """Return the bytes that a forecast may have if the GPU's `capacity` holds context, exchange and fragmentation too."""
+    return (capacity - CONTEXT - (EXCHANGE if processes > 1 else 0)) / RESERVED
+
+
+def choose_images(
+    wanted: int | str | None, local_batch: int, forecast: Forecast, capacity: int | None, processes: int = 1
+) -> int:
+    """Return the number of images per forward pass, 1 to `local_batch`.
+
+    wanted     --micro-batch: a number, "auto", or None for auto on a GPU
+    capacity   bytes of the GPU; None on a CPU, where all images are in one pass unless `wanted` is a number
+    processes  number of processes
+
+    The passes of a step are made about equally large.
+    """
+    images = local_batch if wanted in (None, "auto") else min(wanted, local_batch)
+    if wanted in (None, "auto") and capacity is not None:
+        images = min(local_batch, max(1, forecast.largest(room_bytes(capacity, processes))))
+    passes = -(-local_batch // images)
+    return -(-local_batch // passes)
+
+
+def describe_forecast(forecast: Forecast, images: int, capacity: int | None = None, processes: int = 1) -> str:
     """Return a sentence about the forecast, with advice if it exceeds the GPU's `capacity` in bytes."""
+    need = forecast.need(images)
     total = sum(need.values())
     parts = ", ".join(f"{use} {size / GIB:.2f}" for use, size in need.items())
+    per_image = max(forecast.per_image, forecast.encoding)
     details = f"{parts}; {per_image / 2**20:.0f} MiB per image, {images} per forward pass"
     text = f"memory: about {total / GIB:.1f} GiB per process ({details})"
     if capacity is None:
         return text
-    room = (capacity - CONTEXT - EXCHANGE * (processes > 1)) / RESERVED
     text += f" of {capacity / GIB:.1f} GiB"
+    room = room_bytes(capacity, processes)
     if total <= room:
         return text
-    fits = int((room - total) // per_image) + images
-    return f"{text}: too much, {advice(min(fits, images - 1))}"
+    return f"{text}: too much, {advice(min(forecast.largest(room), images - 1))}"
 
 
 def advice(micro_batch: int) -> str:

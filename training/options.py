@@ -32,6 +32,14 @@ def parse_args(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def count_or_auto(text: str) -> int | str:
+    """Return "auto", or the number."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 # ---- flags; `add` is the `add_argument` of a group -----------------------------------------------
 
 
@@ -143,7 +151,14 @@ def add_memory_flags(add: Callable):
         help="compute in half precision; trained parameters stay in float32",
     )
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step, in each process")
-    add("--micro-batch", type=int, help="images per forward pass; alternative to --grad-accum")
+    add(
+        "--micro-batch",
+        type=count_or_auto,
+        metavar="N",
+        help="images per forward pass, or auto for as many as the GPU's memory holds; the result is the same; if not given, "
+        "auto on a GPU and all images on a CPU, unless --grad-accum is given",
+    )
+    add("--gpu-memory", type=float, metavar="GB", help="memory of the GPU; if not given, that of the GPU found")
     add(
         "--grad-checkpointing",
         action="store_true",
@@ -170,7 +185,11 @@ def add_output_flags(add: Callable):
     add("--adapter-dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="number format of adapter files")
     add("--preview-images", type=int, default=16, help="images in the sample grid of each checkpoint; 0 for no grid")
     add("--allow-changes", action="store_true", help="resume although the data or decisive settings have changed")
-    add("--dry-run", action="store_true", help="print settings and parameter counts as JSON, and exit")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print settings and parameter counts as JSON, and with data also steps and memory, and exit",
+    )
 
 
 # ---- checks and defaults -------------------------------------------------------------------------
@@ -181,7 +200,7 @@ ABOVE_ZERO = (
     "max_steps",
     "global_batch_size",
     "grad_accum",
-    "micro_batch",
+    "gpu_memory",
     "log_every",
     "ckpt_every",
     "keep_states",
@@ -192,7 +211,7 @@ ABOVE_ZERO = (
     "clip_grad",
 )
 NOT_NEGATIVE = "table_std", "ema_warmup", "num_workers", "preview_images", "max_bad_images"
-FINITE = "lr", "table_lr", "lora_lr", "table_std", "clip_grad"
+FINITE = "lr", "table_lr", "lora_lr", "gpu_memory", "table_std", "clip_grad"
 
 
 def check_values(args: argparse.Namespace, names: Iterable[str], valid: Callable[[float], bool], expected: str):
@@ -206,6 +225,7 @@ def check_values(args: argparse.Namespace, names: Iterable[str], valid: Callable
 def check_settings(args: argparse.Namespace):
     """Raise ValueError if a flag is out of range, or if two of them contradict each other."""
     check_values(args, ABOVE_ZERO, lambda value: value > 0, "a number above 0")
+    check_values(args, ["micro_batch"], lambda value: value == "auto" or value > 0, "a number above 0, or auto")
     check_values(args, NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
     check_values(args, FINITE, math.isfinite, "a finite number")
     check_values(args, ["ema_decay"], lambda value: 0 <= value < 1, "0 or more and below 1")
@@ -224,7 +244,8 @@ def check_settings(args: argparse.Namespace):
     if args.report_to != "none" and not importlib.util.find_spec(TRACKERS[args.report_to]):
         package = TRACKERS[args.report_to]
         raise ValueError(f"--report-to is {args.report_to}, expected its package: pip install {package}.")
-    if not args.dry_run and (args.data_path is None) == (args.latents is None):
+    given = (args.data_path is not None) + (args.latents is not None)
+    if given > 1 or not given and not args.dry_run:
         raise ValueError("Expected one of --data-path and --latents, found both or neither: pass one.")
 
 

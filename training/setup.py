@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import nn
 
 from autoencoder import Autoencoder, load_autoencoder
@@ -132,10 +133,10 @@ def begin(args: argparse.Namespace) -> Run:
     # Start the log:
     stop = args.on_nonfinite == "stop"
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
-    passes = args.grad_accum if not args.micro_batch else -(-batches.local_batch // args.micro_batch)
     settings = vars(args) | {"mixed_precision": precision}
-    log_run_summary(settings, logger, model, parameters, hierarchy, -(-batches.local_batch // passes), autoencoder)
-    for text in filter(None, notes):
+    log_run_summary(settings, logger, parameters, hierarchy)
+    passes, memory_note = split_batch(args, accelerator, batches.local_batch, model, parameters, autoencoder)
+    for text in filter(None, [memory_note, *notes]):
         logger.log(text)
 
     # Compile, and wrap for several processes:
@@ -198,19 +199,24 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
 # ---- data ----------------------------------------------------------------------------------------
 
 
+def load_data(args: argparse.Namespace) -> tuple[ImageData | LatentData, Hierarchy]:
+    """Open --latents or --data-path, and return it with its hierarchy."""
+    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
+    if args.latents:
+        data = LatentData(args.latents, hierarchy)
+        return data, hierarchy or data.hierarchy
+    hierarchy = hierarchy or Hierarchy.from_folder(args.data_path)
+    return ImageData(args.data_path, hierarchy, args.image_size), hierarchy
+
+
 def open_data(
     args: argparse.Namespace, autoencoder: Autoencoder, accelerator: Accelerator
 ) -> tuple[ImageData | LatentData, Hierarchy]:
     """Open --latents or --data-path and check it against the flags."""
-    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
+    data, hierarchy = load_data(args)
     if args.latents:
-        data = LatentData(args.latents, hierarchy)
         data.check_settings(autoencoder, args.image_size, args.flip)
         data.verify(accelerator.process_index, accelerator.num_processes)
-        hierarchy = hierarchy or data.hierarchy
-    else:
-        hierarchy = hierarchy or Hierarchy.from_folder(args.data_path)
-        data = ImageData(args.data_path, hierarchy, args.image_size)
     check_counts(hierarchy, args.num_classes, args.num_super_classes)
     return data, hierarchy
 
@@ -313,6 +319,31 @@ def start_from_base(
         return init_from(model, parameters, weights, description, *table)
 
 
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def split_batch(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    local_batch: int,
+    model: DiT,
+    parameters: dict[str, nn.Parameter],
+    autoencoder: Autoencoder,
+) -> tuple[int, str]:
+    """Return the number of forward passes of a step and a sentence about memory; the processes agree on the number."""
+    encoding = 0 if args.latents else memory.encoder_bytes(autoencoder.vae, args.image_size)
+    activations = memory.activation_bytes(model, accelerator.autocast)
+    forecast = memory.forecast(model, parameters, activations, autoencoder.vae, encoding)
+    own = memory.requested_bytes(args.gpu_memory) or memory.gpu_bytes(accelerator.device)
+    capacity = min(gather_object([own])) if own else None
+    processes = accelerator.num_processes
+    if args.grad_accum > 1:
+        images = -(-local_batch // args.grad_accum)
+    else:
+        images = memory.choose_images(args.micro_batch, local_batch, forecast, capacity, processes)
+    return -(-local_batch // images), memory.describe_forecast(forecast, images, capacity, processes)
+
+
 # ---- average -------------------------------------------------------------------------------------
 
 
@@ -340,15 +371,12 @@ def describe_average(decay: float, warmup: int, steps: int) -> str:
 def log_run_summary(
     settings: dict,
     logger: MetricLogger,
-    model: DiT,
     parameters: dict[str, nn.Parameter],
     hierarchy: Hierarchy,
-    images: int,
-    autoencoder: Autoencoder,
 ):
-    """Log what the run is and the memory it takes, write args.json, and start the trackers.
+    """Log a description of the run, write args.json, and start the trackers.
 
-    settings: every flag with its value. images: in a forward pass.
+    settings: every flag with its value.
     """
     accelerator, data = logger.accelerator, logger.data
     text = json.dumps(settings, indent=1) + "\n"
@@ -360,11 +388,6 @@ def log_run_summary(
     )
     for warning in data.warnings:
         logger.log(warning)
-    per_image, per_pass = memory.activation_bytes(model, accelerator.autocast)
-    encoding = 0 if settings["latents"] else memory.encoder_bytes(autoencoder.vae, settings["image_size"])
-    need = memory.forecast_bytes(model, parameters, per_image, per_pass, images, autoencoder.vae, encoding)
-    capacity = torch.cuda.mem_get_info()[1] if accelerator.device.type == "cuda" else None
-    logger.log(memory.describe_forecast(need, max(per_image, encoding), images, capacity, world))
     if accelerator.log_with:
         lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
         settings = {name: value for name, value in (settings | lists).items() if value is not None}

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_models import ROOT, tiny_dit
+from helpers.tiny_models import ROOT, described, tiny_dit
 
+import finetune
 import train
 from autoencoder import Autoencoder
 from checkpoint.description import Base, ModelDescription
 from checkpoint.format import save_adapter
 from checkpoint.loading import build_model
-from finetune import METHODS, kind_of, select
+from finetune import METHODS, kind_of, select, store_frozen
 from hierarchy import Hierarchy
 from models import DiT_models
 from training import memory
@@ -68,27 +69,72 @@ def test_frozen_matrices_save_no_activations():
 def test_the_forecast_counts_weights_trained_parameters_and_activations():
     model = tiny_dit()
     trained = select(model, METHODS["bitfit"])
-    need = memory.forecast_bytes(model, trained, per_image=1000, per_pass=500, images=8)
+    need = memory.forecast(model, trained, (1000, 500)).need(8)
     assert need["weights"] == sum(t.numel() * 4 for t in model.parameters()) + model.y_embedder.parents.numel() * 8
     assert need["gradients, moments and EMA"] == 16 * sum(p.numel() for p in trained.values())
     assert need["activations"] == 8500
-    half = memory.forecast_bytes(model.half(), trained, 1000, 500, 8, vae=torch.nn.Linear(10, 10))
+    half = memory.forecast(model.half(), trained, (1000, 500), vae=torch.nn.Linear(10, 10)).need(8)
     assert half["weights"] == (need["weights"] - 40) / 2 + 40 + 440
 
 
+FORECAST = memory.Forecast(weights=10 * memory.GIB, training=0, per_image=memory.GIB, per_pass=0)
+
+
 def test_the_forecast_advises_if_memory_is_insufficient():
-    need = {"weights": 10 * memory.GIB, "activations": 32 * memory.GIB}
-    enough = memory.describe_forecast(need, memory.GIB, 32, capacity=80 * memory.GIB)
+    def describe(gib, processes=1):
+        return memory.describe_forecast(FORECAST, 32, gib * memory.GIB, processes)
+
+    enough, little = describe(80), describe(32)
     assert "about 42.0 GiB" in enough and "of 80.0" in enough and "--micro-batch" not in enough
-    little = memory.describe_forecast(need, memory.GIB, 32, capacity=32 * memory.GIB)
     assert "too much, pass --micro-batch 18 " in little  # (32 - 0.6) / 1.10 - 10 = 18.5
-    several = memory.describe_forecast(need, memory.GIB, 32, capacity=32 * memory.GIB, processes=2)
-    assert "too much, pass --micro-batch 17 " in several  # NCCL takes 0.8
-    assert (
-        "--micro-batch"
-        not in memory.describe_forecast(need, memory.GIB, 32, capacity=8 * memory.GIB).split("too much")[1]
-    )
-    assert " of " not in memory.describe_forecast(need, memory.GIB, 32)
+    assert "too much, pass --micro-batch 17 " in describe(32, processes=2)  # NCCL takes 0.8
+    assert "--micro-batch" not in describe(8).split("too much")[1]
+    assert " of " not in memory.describe_forecast(FORECAST, 32)
+
+
+@pytest.mark.parametrize(
+    "wanted, gib, processes, images",
+    [
+        ("auto", 80, 1, 52),  # all images fit
+        ("auto", 32, 1, 18),  # 52 in 3 passes of 18, 17 and 17
+        ("auto", 32, 8, 13),  # room for 17.8: 4 passes of 13
+        (None, 24, 1, 11),  # room for 11.3: 5 passes of 11
+        ("auto", 4, 1, 1),  # not even one fits; the log says so
+        (30, 24, 1, 26),  # as given: 2 passes
+        ("auto", None, 1, 52),  # a CPU
+    ],
+)
+def test_micro_batch_auto_is_the_largest_that_fits(wanted, gib, processes, images):
+    capacity = gib and gib * memory.GIB
+    found = memory.choose_images(wanted, 52, FORECAST, capacity, processes)
+    assert found == images
+    if wanted != 30 and gib and gib > 4:
+        room = memory.room_bytes(capacity, processes)
+        assert sum(FORECAST.need(found).values()) <= room
+        passes = -(-52 // found)
+        larger = -(-52 // (passes - 1)) if passes > 1 else None  # one pass less
+        assert larger is None or sum(FORECAST.need(larger).values()) > room
+
+
+def test_the_encoder_limits_the_images_too():
+    forecast = replace(FORECAST, encoding=2 * memory.GIB)
+    assert forecast.largest(20 * memory.GIB) == 5 and forecast.largest(9 * memory.GIB) == 0
+
+
+@pytest.mark.parametrize("method, half", [("finediffusion", True), ("full", True), ("difffit-orig", False)])
+def test_activations_follow_from_a_few_blocks(method, half, monkeypatch):
+    """The forecast of --dry-run, which builds no complete model, is that of the training."""
+    monkeypatch.setattr(finetune, "VECTOR_GAMMA_BLOCKS", 3)  # of 4: blocks of two kinds
+    hierarchy = Hierarchy(("a", "b", "c"), ("x", "y"), [0, 1, 1])
+    autocast = (lambda: torch.autocast("cpu", torch.bfloat16)) if half else nullcontext
+    found = []
+    for device, measure in (("cpu", memory.activation_bytes), ("meta", memory.activation_bytes_by_depth)):
+        with torch.device(device):
+            model = build_model(described(hierarchy, method)).train()
+        select(model, METHODS[method])
+        store_frozen(model, torch.bfloat16 if half else torch.float32)
+        found.append(measure(model, autocast))
+    assert found[0] == found[1]
 
 
 def test_running_out_of_gpu_memory_advises_too(command, images, base, tmp_path, monkeypatch):
@@ -180,7 +226,7 @@ def test_the_forecast_counts_encoding():
     assert memory.encoder_bytes(vae, 512) == pytest.approx(4 * memory.encoder_bytes(vae, 256))
     assert memory.encoder_bytes(None, 256) == 0
     model = tiny_dit()
-    small, large = (memory.forecast_bytes(model, {}, 10, 5, 4, encoding=size) for size in (1, 1000))
+    small, large = (memory.forecast(model, {}, (10, 5), encoding=size).need(4) for size in (1, 1000))
     assert small["activations"] == 45 and large["activations"] == 4000
 
 

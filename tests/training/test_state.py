@@ -180,10 +180,14 @@ def test_a_run_from_random_weights_resumes_without_other_weights(command, flags,
 # ---- equal results another way -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [("--micro-batch", 1), ("--grad-checkpointing",), ("--grad-accum", 2)])
+AUTO = "--micro-batch", "auto", "--gpu-memory", 0.5  # too little for two images: one per pass
+
+
+@pytest.mark.parametrize("more", [AUTO, ("--grad-checkpointing",), ("--grad-accum", 2)])
 def test_saving_memory_gives_the_same_results(more, command, flags, unbroken):
     name = more[0].strip("-")
-    assert command(train.main, *flags(name, *more)).code == 0
+    result = command(train.main, *flags(name, *more))
+    assert result.code == 0 and ("1 per forward pass) of 0.5 GiB: too much" in result.out) == (more == AUTO)
     ours, theirs = results(flags.root / name), results(unbroken)
     for row, expected in zip(ours[1], theirs[1], strict=True):
         known = {
