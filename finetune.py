@@ -56,6 +56,7 @@ METHODS |= {
     f"{name}+lora": replace(METHODS[name], trains=METHODS[name].trains | {"lora"})
     for name in ("finediffusion", "bitfit", "difffit", "difffit-orig")
 }
+ROWS = Method(frozenset({"table"}))  # the class table alone
 VECTOR_GAMMA_BLOCKS = 14  # DiffFit as published scales the first half of DiT-XL's 28 blocks
 # DiffFit's factors in a block, and the layer whose output each one scales
 GAMMAS = {"gamma_qkv": "attn.qkv", "gamma_proj": "attn.proj", "gamma_attn": "attn.proj", "gamma_mlp": "mlp.fc2"}
@@ -225,6 +226,16 @@ def select(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
     missing = method.trains - {"block norm"} - {kind_of(name) for name in chosen}
     assert not missing, f"the method trains {missing}, but the model has no such parameter"
     return chosen
+
+
+def freeze_other_rows(table: nn.Parameter, rows: list[int]) -> None:
+    """Let only `rows` of the class table move: the gradients of all others become 0.
+
+    AdamW without weight decay and the EMA then leave the others bit for bit.
+    """
+    moves = torch.zeros(len(table), 1, device=table.device)
+    moves[rows] = 1
+    table.register_hook(lambda grad: grad * moves)
 
 
 # ---- training them -------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
 
     # Move the batch to the device, and prepare to map images to latents (m, C, h, w):
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    y = y if run.labels is None else run.labels[y]
 
     def latents(rows: slice) -> torch.Tensor:
         return sample_posterior(x[rows], noise["flip"][rows], noise["posterior"][rows], run.autoencoder)
@@ -123,8 +124,10 @@ def save_checkpoint(args: argparse.Namespace, run: Run, adapter: bool):
 
 def save_preview(args: argparse.Namespace, run: Run):
     """Save a grid of samples of the EMA model, from fixed noise."""
-    model, count = run.model, min(args.preview_images, run.model.y_embedder.num_classes)
-    labels = np.linspace(0, model.y_embedder.num_classes - 1, count).round().astype(int)
+    model = run.model
+    labels = range(model.y_embedder.num_classes) if run.labels is None else run.labels.tolist()
+    count = min(args.preview_images, len(labels))
+    labels = [labels[i] for i in np.linspace(0, len(labels) - 1, count).round().astype(int)]
     run.ema.swap()
     model.eval()
     try:

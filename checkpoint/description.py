@@ -65,6 +65,8 @@ class ModelDescription:
     encoder      digest of the encoder of the latents, see Autoencoder.encoder_digest; None for pixels, or if unknown
     lora_rank    rank of the low-rank updates; None if the method has none
     lora_targets keys of finetune.LORA_LAYERS, separated by spaces; None if the method has no low-rank updates
+    original_classes  number of classes before the first extension (train.py --extend); None if there was none
+    patch_rows   rows of the class table that the file holds, if it holds no others; its base has the others
     epoch        epochs completed
     scaler       state of the fp16 gradient scaler, or None
     format       ADAPTER or STATE; None for a checkpoint of DiT or FineDiffusion, which describes nothing
@@ -89,6 +91,8 @@ class ModelDescription:
     encoder: str | None = optional(str)
     lora_rank: int | None = optional(int, lambda rank: 0 < rank <= MOST_RANK)
     lora_targets: str | None = optional(str, lambda targets: set(targets.split()) <= LORA_LAYERS.keys())
+    original_classes: int | None = optional(int, lambda count: count > 0)
+    patch_rows: list[int] | None = optional(list, lambda rows: rows and all(type(row) is int for row in rows))
     epoch: int | None = None
     scaler: dict | None = None
     format: str | None = None
@@ -100,18 +104,7 @@ class ModelDescription:
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("written", True)}
         del record["hierarchy"]
         record["base"] = vars(self.base) if self.base else None
-        left_out = (
-            "data",
-            "settings",
-            "updates",
-            "encoder",
-            "lora_rank",
-            "lora_targets",
-            "epoch",
-            "scaler",
-            "format",
-        )  # if None
-        return {name: value for name, value in record.items() if value is not None or name not in left_out}
+        return {name: value for name, value in record.items() if value is not None or name == "base"}
 
     @classmethod
     def from_record(cls, record: object, hierarchy: Hierarchy | None) -> "ModelDescription":

@@ -137,6 +137,11 @@ def save_adapter(
     description: ModelDescription,
     dtype: torch.dtype = torch.float32,
 ):
-    """Write an adapter: the EMA of the trained parameters, and without a base the model's other tensors too."""
+    """Write an adapter: the EMA of the trained parameters, and without a base the model's other tensors too.
+
+    A patch (`patch_rows`) holds these rows of the class table alone.
+    """
     tensors = dict(averages) if description.base else model.state_dict() | averages
+    if description.patch_rows:
+        tensors = {name: table[description.patch_rows] for name, table in tensors.items()}
     save_safetensors(path, {name: t.to(dtype) for name, t in tensors.items()}, replace(description, format=ADAPTER))

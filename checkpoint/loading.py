@@ -10,7 +10,7 @@ import torch
 from checkpoint.description import STATE, Base, ModelDescription
 from checkpoint.download import find_weights
 from checkpoint.format import Tensors, is_adapter, read_weights
-from checkpoint.rows import match_rows
+from checkpoint.rows import initial_rows, insert_rows, match_rows
 from finetune import METHODS, add_gammas, add_lora, fold_lora, kind_of
 from models import DiT, DiT_models
 from runtime.files import sha256
@@ -95,8 +95,10 @@ def match_state_dict(
     return tensors, absent
 
 
-def load_base_weights(base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None) -> Tensors:
-    """Load the base that the file `needed_by` names, from `path` or from where it was.
+def load_base_weights(
+    base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None
+) -> tuple[Tensors, ModelDescription | None]:
+    """Load the base that the file `needed_by` names, with its description, from `path` or from where it was.
 
     Raises ValueError if it is not there or its SHA-256 is another.
     """
@@ -112,7 +114,7 @@ def load_base_weights(base: Base, needed_by: str | os.PathLike, path: str | os.P
             f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base.sha256[:12]}…): pass the "
             "file it was trained from as --base (train.py: --resume)."
         )
-    return load_full_weights(path)[0]
+    return load_full_weights(path)
 
 
 def load_full_weights(
@@ -128,7 +130,12 @@ def load_full_weights(
         raise ValueError(f"{path} is a training state, expected weights or an adapter: name the adapter of that step.")
     if description and description.base:
         description = replace(description, trained=frozenset(tensors))
-        tensors = fold_lora(load_base_weights(description.base, path, base), keep=tensors) | tensors
+        below, about = load_base_weights(description.base, path, base)
+        if description.patch_rows:
+            tensors = {TABLE: insert_rows(tensors[TABLE], description, below[TABLE], about, path)}
+        else:
+            below = fold_lora(below, keep=tensors)
+        tensors = below | tensors
     elif base:
         raise ValueError(f"{path} holds a complete model, expected no --base: leave it out.")
     return tensors, description
@@ -162,8 +169,9 @@ def init_from(
     """Fill the model of a new fine-tune from the weights or the adapter at `path`, or from nothing (None).
 
     Class rows are carried over from an adapter by what they mean, see `match_rows`. All other rows are drawn, normal with
-    `table_std`, around 0 or (table_init "mean") around the mean of the file's rows. A checkpoint of DiT or FineDiffusion
-    does not say what its rows mean, so none is carried over unless table_init is "keep": then all are.
+    `table_std`, around 0 or (table_init "mean") around the mean of the file's rows; those of an extension are not drawn, see
+    `initial_rows`. A checkpoint of DiT or FineDiffusion does not say what its rows mean, so none is carried over unless
+    table_init is "keep": then all are.
 
     description: of the new model
     trained: names of the parameters that will be trained
@@ -191,10 +199,17 @@ def init_from(
     elif rows is not None and source:
         matches = match_rows(description, source)
     carried = [row for row, match in enumerate(matches) if match is not None]
-    table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
+    text = f"class table: {len(carried):,} rows carried over from {path}, {len(table) - len(carried):,} "
+    if description.original_classes:
+        table.copy_(initial_rows(description, source, rows))
+        text += "start at the mean of their superclass"
+    else:
+        table.copy_(fresh + (rows.float().mean(0) if table_init == "mean" and rows is not None else 0))
+        text += "drawn"
     if carried:
         table[carried] = rows[[matches[row] for row in carried]].to(table.dtype)
-    text = f"class table: {len(carried):,} rows carried over from {path}, {len(table) - len(carried):,} drawn"
+    if description.patch_rows:
+        return Base(str(path), sha256(path)), text
     if source and source.base and source.trained <= set(trained) & tensors.keys():
         return source.base, text  # all that the adapter changed will be trained again: its base is enough
     return Base(str(path), sha256(path)), text

@@ -1,5 +1,7 @@
 """Which rows of one class table mean the same class, superclass or null class as rows of another."""
 
+import torch
+
 from checkpoint.description import ModelDescription
 from hierarchy import Hierarchy
 
@@ -54,3 +56,52 @@ def members(hierarchy: Hierarchy, renamed: dict[str, str]) -> dict[str, frozense
     for name, parent in zip(hierarchy.classes, hierarchy.parents.tolist()):
         found[hierarchy.superclasses[parent]].add(renamed.get(name, name))
     return {name: frozenset(classes) for name, classes in found.items()}
+
+
+# ---- extensions: tables with rows for further classes --------------------------------------------
+
+
+def new_rows(now: ModelDescription, before: ModelDescription) -> list[int]:
+    """Return the rows of the table of `now` that the table of `before` lacks."""
+    return [row for row, match in enumerate(match_rows(now, before)) if match is None]
+
+
+def insert_rows(
+    rows: torch.Tensor, now: ModelDescription, table: torch.Tensor, before: ModelDescription, source: object
+) -> torch.Tensor:
+    """Return the table of `now`: the rows of a patch (k, D) in their places, all others from the table of `before`.
+
+    Raises ValueError, which names `source`, if these are not all rows.
+    """
+    matches = match_rows(now, before)
+    wanted = [row for row, match in enumerate(matches) if match is None]
+    if now.patch_rows != wanted or rows.shape != (len(wanted), table.shape[1]):
+        raise ValueError(
+            f"{source} has {tuple(rows.shape)} numbers for rows {now.patch_rows}, expected those that its base lacks: get "
+            "the file and its base again."
+        )
+    result = rows.new_zeros(len(matches), table.shape[1])
+    carried = [row for row, match in enumerate(matches) if match is not None]
+    result[carried] = table[[matches[row] for row in carried]].to(rows.dtype)
+    result[wanted] = rows
+    return result
+
+
+def initial_rows(now: ModelDescription, before: ModelDescription, table: torch.Tensor) -> torch.Tensor:
+    """Return the rows with which the table of an extension starts, for all rows of `now`, (rows, D).
+
+    A class has the mean of its superclass's original classes, a superclass the mean of the superclasses, or of all
+    original classes if there are no superclass rows. Original are the classes before the first extension, so that the
+    order of extensions does not matter. table: of `before`
+    """
+    originals = table[: now.original_classes].float()
+    parents = now.hierarchy.parents.to(table.device)
+    tiers = [row for row, key in enumerate(row_keys(before)) if key[0] == "superclass"]
+    other = (table[tiers].float() if tiers else originals).mean(0)
+
+    def of_class(label: int) -> torch.Tensor:
+        siblings = originals[parents[: now.original_classes] == parents[label]]
+        return (siblings if len(siblings) else originals).mean(0)
+
+    classes = [of_class(label) for label in range(now.hierarchy.num_classes)]
+    return torch.stack(classes + [other] * (len(row_keys(now)) - len(classes)))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from finetune import LORA_LAYERS, METHODS, MOST_OF_START, SHORT_RUN_WARMUP
 from models import DiT_models
 from runtime.cli import Parser
-from runtime.device import PRECISIONS
+from runtime.device import COMPILE_HELP, PRECISION_HELP, PRECISIONS
+from training.extension import adopt_settings
 from training.logger import TRACKERS
 
 EXAMPLES = """
@@ -19,6 +20,11 @@ python train.py --latents latents256 --method bitfit --micro-batch 32 --max-step
 
 def parse_args(description: str) -> argparse.Namespace:
     """Parse the command line. Raises ValueError for an unknown or malformed flag."""
+    return build_parser(description).parse_args()
+
+
+def build_parser(description: str = "") -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(description=description, examples=EXAMPLES)
     for title, add_flags in (
         ("data", add_data_flags),
@@ -29,7 +35,7 @@ def parse_args(description: str) -> argparse.Namespace:
         ("output", add_output_flags),
     ):
         add_flags(parser.add_argument_group(title).add_argument)
-    return parser.parse_args()
+    return parser
 
 
 def count_or_auto(text: str) -> int | str:
@@ -109,6 +115,18 @@ def add_method_flags(add: Callable):
     )
     add("--table-std", type=float, default=0.02, help="std of the new rows")
 
+    add(
+        "--extend",
+        action="store_true",
+        help="add the classes of the data to the adapter of --resume; its own classes keep their rows and labels",
+    )
+    add(
+        "--train",
+        choices=["rows", "all"],
+        default="rows",
+        help="with --extend: train the new rows alone, so that the old classes stay bit for bit, or all that --method trains",
+    )
+
 
 def add_optimisation_flags(add: Callable):
     add("--epochs", type=int, default=100, help="passes over the data")
@@ -147,8 +165,8 @@ def add_memory_flags(add: Callable):
     add(
         "--mixed-precision",
         choices=PRECISIONS,
-        default="no",
-        help="compute in half precision; trained parameters stay in float32",
+        default="auto",
+        help=f"precision of the computation; trained parameters stay in float32; {PRECISION_HELP}; auto resumes as begun",
     )
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step, in each process")
     add(
@@ -164,7 +182,12 @@ def add_memory_flags(add: Callable):
         action="store_true",
         help="recompute activations in the backward pass: less memory, half as much computation again",
     )
-    add("--compile", action="store_true", help="torch.compile every block")
+    add("--compile", action=argparse.BooleanOptionalAction, help=COMPILE_HELP)
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on a GPU too, where attention is otherwise faster (at 512 pixels; 256 has them)",
+    )
 
 
 def add_output_flags(add: Callable):
@@ -239,6 +262,10 @@ def check_settings(args: argparse.Namespace):
             f"--null-prob is {args.null_prob}, but the table of --method {args.method} has a null row already: pass "
             "--embedder tiered, or --class-dropout-prob alone."
         )
+    if args.extend and not (args.resume and args.experiment):
+        raise ValueError("--extend needs --resume ADAPTER and --experiment NAME, found one or neither: add both.")
+    if args.train != "rows" and not args.extend:
+        raise ValueError("--train needs --extend, found none: add it or drop the flag.")
     if args.micro_batch and args.grad_accum > 1:
         raise ValueError("Found both --micro-batch and --grad-accum, expected one of the two: drop one.")
     if args.report_to != "none" and not importlib.util.find_spec(TRACKERS[args.report_to]):
@@ -250,7 +277,9 @@ def check_settings(args: argparse.Namespace):
 
 
 def resolve_defaults(args: argparse.Namespace):
-    """Fill in place the learning rates that were not given; afterwards `args` is only read."""
+    """Fill in place what follows from other flags and was not given; afterwards `args` is only read."""
+    if args.extend:
+        adopt_settings(args, build_parser().parse_args([]))
     if args.lr is None:
         args.lr = METHODS[args.method].lr
     args.table_lr = args.lr if args.table_lr is None else args.table_lr

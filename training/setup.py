@@ -14,19 +14,27 @@ from torch import nn
 from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.description import Base, ModelDescription
 from checkpoint.download import find_starting_weights
-from checkpoint.loading import build_model, init_from
+from checkpoint.loading import TABLE, build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
-from finetune import EMA, METHODS, MOST_OF_START, adamw, default_warmup, select, store_frozen
+from finetune import EMA, METHODS, MOST_OF_START, ROWS, adamw, default_warmup, freeze_other_rows, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
-from runtime.device import DTYPES, resolve_precision
+from runtime.device import (
+    DTYPES,
+    compute_deterministically,
+    describe_computation,
+    resolve_compile,
+    resolve_precision,
+    set_tf32,
+)
 from runtime.files import Lock, atomic_write
 from runtime.private import ddp_exchanged_bytes
 from runtime.processes import ask_main, run_on_main, start_processes
 from training import memory
 from training.batches import StepBatches
+from training.extension import extend
 from training.folder import lock_run_dir, move_aside, resolve_run_dir, write_launch
 from training.logger import MetricLogger
 from training.state import (
@@ -35,6 +43,7 @@ from training.state import (
     choose_state,
     load_run_base,
     load_state,
+    saved_precision,
     saved_warmup,
 )
 from training.step import GuardedOptimizer
@@ -48,6 +57,7 @@ class Run:
     folder       results/NAME
     lock         keeps other launches out of the folder
     data         images or cached latents
+    labels       with --extend: the model's label of each label of the data, int64, on the device; None otherwise
     batches      the rows of every step, and this process's share of them
     autoencoder  pixels to latents and back
     description  what adapters and states say of the model, as of the first step
@@ -67,6 +77,7 @@ class Run:
     folder: Path
     lock: Lock
     data: ImageData | LatentData
+    labels: torch.Tensor | None
     batches: StepBatches
     autoencoder: Autoencoder
     description: ModelDescription
@@ -110,6 +121,10 @@ def begin(args: argparse.Namespace) -> Run:
         encoder=autoencoder.encoder_digest(),
         warmup=warmup,
     )
+    labels = None
+    if args.extend:
+        description, labels = extend(description, args)
+        labels = labels.to(accelerator.device)
     model, parameters, description, note = load_model(args, accelerator, description, path, saved, half)
     ema = EMA(parameters, args.ema_decay, warmup)
     optimizer = adamw(parameters, args.lr, args.table_lr, args.lora_lr)
@@ -133,14 +148,15 @@ def begin(args: argparse.Namespace) -> Run:
     # Start the log:
     stop = args.on_nonfinite == "stop"
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
-    settings = vars(args) | {"mixed_precision": precision}
-    log_run_summary(settings, logger, parameters, hierarchy)
+    compiled = resolve_compile(args.compile, accelerator.device, batches.max_steps - description.step)
+    settings = vars(args) | {"mixed_precision": precision, "compile": compiled}
+    log_run_summary(settings, logger, parameters, description.hierarchy)
     passes, memory_note = split_batch(args, accelerator, batches.local_batch, model, parameters, autoencoder)
     for text in filter(None, [memory_note, *notes]):
         logger.log(text)
 
     # Compile, and wrap for several processes:
-    if args.compile:
+    if compiled:
         model.compile_blocks()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
@@ -152,6 +168,7 @@ def begin(args: argparse.Namespace) -> Run:
         folder,
         lock,
         data,
+        labels,
         batches,
         autoencoder,
         description,
@@ -177,10 +194,15 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
     default_name = f"{args.model.replace('/', '-')}-{args.method}"
     place = args.results_dir, args.experiment, args.resume, default_name
     folder, states = ask_main(process, lambda: resolve_run_dir(*place))  # others may see a stale listing
-    precision = resolve_precision(args.mixed_precision, process.device)
-    if precision != args.mixed_precision and process.is_main_process:
-        print(f"{torch.cuda.get_device_name()} does not compute in {args.mixed_precision}: using {precision}.")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    wanted = args.mixed_precision
+    if wanted == "auto":
+        wanted = ask_main(process, lambda: saved_precision(states))
+    precision = resolve_precision(wanted, process.device)
+    if precision != wanted != "auto" and process.is_main_process:
+        print(f"{torch.cuda.get_device_name()} does not compute in {wanted}: using {precision}.")
+    set_tf32(True)
+    if args.deterministic:
+        compute_deterministically()
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=not torch.accelerator.is_available(),
@@ -256,6 +278,7 @@ def describe(
     settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
     lora = "lora" in METHODS[args.method].trains
     settings |= {"lora_lr": args.lora_lr} if lora else {}
+    settings |= {"train": args.train} if args.extend else {}
     return ModelDescription(
         model=args.model,
         image_size=args.image_size,
@@ -291,7 +314,7 @@ def load_model(
         saved.settings.get("global_seed", args.global_seed) if saved else args.global_seed
     )  # of frozen weights without a base
     model = build_model(description, args.class_dropout_prob)
-    parameters = select(model, METHODS[args.method])
+    parameters = select(model, ROWS if description.patch_rows else METHODS[args.method])
     if path:
         check_same_run(path, saved, description, args.allow_changes)
         load_run_base(path, saved, model, args.resume)
@@ -301,6 +324,8 @@ def load_model(
         description = replace(description, base=base)
     store_frozen(model, half)
     model.to(accelerator.device).train()
+    if description.patch_rows:
+        freeze_other_rows(parameters[TABLE], description.patch_rows)
     model.grad_checkpointing = args.grad_checkpointing
     return model, parameters, description, note
 
@@ -388,6 +413,8 @@ def log_run_summary(
     )
     for warning in data.warnings:
         logger.log(warning)
+    computation = describe_computation(accelerator.device, settings["mixed_precision"], settings["compile"])
+    logger.log(f"computes on {computation}{' (the first steps take a minute)' if settings['compile'] else ''}")
     if accelerator.log_with:
         lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
         settings = {name: value for name, value in (settings | lists).items() if value is not None}

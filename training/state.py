@@ -7,6 +7,7 @@ settings. It holds no random states: all random draws are functions of the seed 
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def latest_valid_state(
             "from its last adapter with --resume and another --experiment."
         )
     return None, {}, None
+
+
+def saved_precision(states: list[Path]) -> str:
+    """Return the precision of the newest state that can be read, in which its run resumes; "auto" if there is none."""
+    for path in states:
+        with suppress(ValueError, OSError):  # a damaged state: `latest_valid_state` logs it
+            return read_description(path).settings.get("mixed_precision", "auto")
+    return "auto"
 
 
 def choose_state(
@@ -162,7 +171,7 @@ def load_run_base(path: Path, description: ModelDescription, model: DiT, resume:
     if base:
         adapter_base = read_description(resume).base if is_adapter(resume) else None
         place = None if adapter_base and adapter_base.sha256 == base.sha256 else resume
-        tensors = fold_lora(load_base_weights(base, path, place), keep=model.state_dict())
+        tensors = fold_lora(load_base_weights(base, path, place)[0], keep=model.state_dict())
         load_weights(model, tensors, base.path, new_table=True)
 
 

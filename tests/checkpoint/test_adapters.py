@@ -50,7 +50,7 @@ class Run:
             embedder=embedder or METHODS[method].embedder,
             hierarchy=PETS,
             data="abc",
-            settings=dict.fromkeys(DECISIVE_FLAGS),
+            settings=dict.fromkeys(DECISIVE_FLAGS) | {"ema_warmup": 0},
             **lora_fields(method, **lora),
         )
         torch.manual_seed(seed)

@@ -103,7 +103,7 @@ class Case:
 def described(model="tiny", **changes):
     about = dict(image_size=64, latent_size=8, channels=4, vae="mse", method="finediffusion", embedder="tiered")
     about |= dict(
-        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(DECISIVE_FLAGS), base=None, step=7
+        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(DECISIVE_FLAGS) | {"ema_warmup": 0}, base=None, step=7
     )
     return ModelDescription(**about | changes)
 
@@ -173,7 +173,7 @@ def whole(tiny, tmp_path):
         return tensors
 
     def read_base(path):
-        return load_base_weights(Base(str(base), base_hash), "adapter.safetensors", path)
+        return load_base_weights(Base(str(base), base_hash), "adapter.safetensors", path)[0]
 
     base_hash = sha256(base)
     cases = {
