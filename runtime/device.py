@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.private import run_eagerly_if_compilation_fails
+
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", "no", "fp16", "bf16")  # choices of --mixed-precision
 PRECISION_HELP = "auto: bf16 on GPUs from Ampere on, fp16 on older ones, float32 on a CPU; no: float32"
@@ -81,6 +83,17 @@ def describe_computation(device: str | torch.device, precision: str, compiled: b
     return ", ".join([name, precision if precision != "no" else "float32", *["compiled"] * compiled])
 
 
+def compute_deterministically():
+    """Make every operation give the same bits in each run, also where a GPU has a faster way; call it before CUDA starts.
+
+    The backward pass of flash attention otherwise adds the parts of a gradient in any order, if there are more than two:
+    from 512 pixels on (1024 tokens, in parts of 128), not at 256 pixels.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all memory is written before it is read
+
+
 # ---- compilation ---------------------------------------------------------------------------------
 
 
@@ -91,9 +104,12 @@ def resolve_compile(wanted: bool | None, device: str | torch.device, steps: int)
             compiled, if the tools for it are installed
     steps   forward passes, or training steps, of the run
     """
-    if wanted is None:
-        return torch.device(device).type == "cuda" and steps >= COMPILED_STEPS and can_compile()
-    return wanted
+    if wanted is not None:
+        return wanted
+    if torch.device(device).type != "cuda" or steps < COMPILED_STEPS or not can_compile():
+        return False
+    run_eagerly_if_compilation_fails()  # nobody asked for it
+    return True
 
 
 def can_compile() -> bool:

@@ -32,6 +32,13 @@ def skip_update_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor):
     optimizer.found_inf = flag
 
 
+def run_eagerly_if_compilation_fails():
+    """Let torch.compile warn and run a model uncompiled if it cannot compile it (torch 2.10: an option in a private module)."""
+    import torch._dynamo  # slow to import
+
+    torch._dynamo.config.suppress_errors = True
+
+
 def lerp_all(tensors: list[torch.Tensor], ends: list[torch.Tensor], weight: float):
     """Move each tensor towards its end, in place: t <- t + weight (end - t).
 

@@ -409,12 +409,11 @@ def log_run_summary(
     count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
     logger.log(
         f"{logger.folder}: {settings['model']}, {settings['method']}, {count:,} trained parameters, {len(data):,} images, "
-        f"{hierarchy!r}, {world} process{'es' * (world > 1)}"
+        f"{hierarchy!r}, {world} process{'es' * (world > 1)} on "
+        + describe_computation(accelerator.device, settings["mixed_precision"], settings["compile"])
     )
     for warning in data.warnings:
         logger.log(warning)
-    computation = describe_computation(accelerator.device, settings["mixed_precision"], settings["compile"])
-    logger.log(f"computes on {computation}{' (the first steps take a minute)' if settings['compile'] else ''}")
     if accelerator.log_with:
         lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
         settings = {name: value for name, value in (settings | lists).items() if value is not None}

@@ -39,13 +39,15 @@ def test_fp16_is_for_gpus():
 
 
 def test_a_long_run_on_a_gpu_is_compiled_unasked(monkeypatch):
+    lenient = []
     monkeypatch.setattr(device, "can_compile", lambda: True)
-    assert resolve_compile(None, "cuda", COMPILED_STEPS)
+    monkeypatch.setattr(device, "run_eagerly_if_compilation_fails", lambda: lenient.append(True))
+    assert resolve_compile(None, "cuda", COMPILED_STEPS) and lenient == [True]
     assert not resolve_compile(None, "cuda", COMPILED_STEPS - 1) and not resolve_compile(None, "cpu", 10**9)
     for asked in (True, False):
         assert resolve_compile(asked, "cuda", 1) is resolve_compile(asked, "cpu", 10**9) is asked
     monkeypatch.setattr(device, "can_compile", lambda: False)
-    assert not resolve_compile(None, "cuda", 10**9) and resolve_compile(True, "cuda", 1)
+    assert not resolve_compile(None, "cuda", 10**9) and resolve_compile(True, "cuda", 1) and lenient == [True]
 
 
 @pytest.mark.parametrize("found, headers, expected", [("gcc", True, True), ("gcc", False, False), (None, True, False)])

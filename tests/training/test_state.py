@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from helpers.tiny_files import tree
-from helpers.tiny_models import PETS, described
+from helpers.tiny_models import PETS, described, same
 from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -18,7 +18,7 @@ from checkpoint.format import read_weights
 from runtime.signals import Signals
 from training import logger
 from training.folder import list_states
-from training.state import saved_warmup
+from training.state import saved_precision, saved_warmup
 
 FLAGS = [*SAVING, *"--preview-images 0 --max-steps 8".split()]
 
@@ -197,11 +197,28 @@ def test_saving_memory_gives_the_same_results(more, command, flags, unbroken):
 
 
 def test_half_precision_is_close_to_single_precision(command, flags, unbroken):
-    assert command(train.main, *flags("bf16", "--mixed-precision", "bf16")).code == 0
+    """A run that began in half precision resumes in it, if no precision is asked for."""
+    assert command(train.main, *flags("bf16", "--mixed-precision", "bf16", "--max-steps", 4)).code == 0
+    (state,) = [path for path in list_states(flags.root / "bf16") if path.stem == "0000004"]
+    assert saved_precision([flags.root / "lost", state]) == "bf16" and saved_precision([]) == "auto"
+    result = command(train.main, *flags("bf16"))
+    assert result.code == 0 and "1 process on CPU, bf16" in result.out, result.err
+    assert command(train.main, *flags("bf16", "--mixed-precision", "no", "--max-steps", 9)).code == 2
     ours, theirs = results(flags.root / "bf16"), results(unbroken)
     assert all(t.dtype == torch.float32 for name, t in ours[0].items())
     assert [row["loss"] for row in ours[1]] == pytest.approx([row["loss"] for row in theirs[1]], rel=0.02)
     assert ours[1][0]["loss"] != theirs[1][0]["loss"]  # computed in half precision
+
+
+def test_a_deterministic_run_has_the_same_numbers_on_a_cpu(command, flags, unbroken, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        assert command(train.main, *flags("deterministic", "--deterministic")).code == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(results(flags.root / "deterministic")[0], results(unbroken)[0])
 
 
 def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
