@@ -6,7 +6,7 @@ A class is a code point and a superclass a Unicode block; the images of a class 
 They are written as `block/code_NAME/*.png`, white on black, 64 x 64 pixels. The faces are the DejaVu and STIX fonts of
 matplotlib. Faces in HELD_OUT are never used in training; `--faces held-out` draws them. The base model was trained on
 `--set base`, and the quick start fine-tunes it on `--set new`. The two sets share no block, and no glyph of one looks
-like a glyph of the other.
+like a glyph of the other. `--set more` has eight further classes of two blocks of the new set.
 """
 
 import json
@@ -79,6 +79,8 @@ BLOCKS = {
         "Latin Extended Additional": (0x1E00, 0x1EFF, 12),
     },
 }
+MORE = {"Armenian": 4, "IPA Extensions": 4}  # further classes of blocks of "new", to extend an adapter with
+SETS = *BLOCKS, "more"
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ def usable(code: int) -> bool:
 
 
 def choose_classes() -> dict[str, dict[str, list[int]]]:
-    """Return {"base": {block: [code points]}, "new": {...}}; of two glyphs that look alike the first one is kept."""
-    portraits, chosen = [], {}
+    """Return {"base": {block: [code points]}, "new": {...}, "more": {...}}; of glyphs that look alike one is kept."""
+    portraits, chosen, more = [], {}, {}
     for which, blocks in BLOCKS.items():
         chosen[which] = {}
         for block, (first, last, most) in blocks.items():
@@ -178,13 +180,20 @@ def choose_classes() -> dict[str, dict[str, list[int]]]:
                 if not portraits or difference(glyph, np.stack(portraits)).min() >= LOOK_ALIKE:
                     portraits.append(glyph)
                     kept.append(code)
-            spread = np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int)
-            chosen[which][block] = [kept[i] for i in spread]
-    return chosen
+            chosen[which][block] = spread(kept, most)
+            if block in MORE:
+                more[block] = spread([code for code in kept if code not in chosen[which][block]], MORE[block])
+    return chosen | {"more": more}
+
+
+def spread(codes: list[int], most: int) -> list[int]:
+    """Return at most `most` of the code points, at even distances."""
+    places = np.linspace(0, len(codes) - 1, min(most, len(codes))).round().astype(int)
+    return [codes[i] for i in places]
 
 
 def read_classes(which: str) -> dict[str, list[int]]:
-    """Read {block: [code points]} of the set "base" or "new" from CLASSES_FILE."""
+    """Read {block: [code points]} of a set from CLASSES_FILE."""
     return json.loads(CLASSES_FILE.read_text())[which]
 
 
@@ -217,7 +226,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
     add = parser.add_argument
     add("--out", required=True, help="folder to write, new or empty")
-    add("--set", choices=list(BLOCKS), default="new", dest="which", help="classes to draw")
+    add("--set", choices=SETS, default="new", dest="which", help="classes to draw")
     add("--faces", choices=["train", "held-out"], default="train", help="faces to draw them in")
     add("--per-class", type=int, default=52, help="images per class")
     add("--seed", type=int, default=0, help="seed of size, shift and rotation")

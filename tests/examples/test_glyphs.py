@@ -45,18 +45,20 @@ def test_variation_depends_on_the_random_generator_only():
     assert images[0] == images[1] != images[2]
 
 
-def test_the_two_sets_share_no_block_and_no_code_point():
-    assert CHOSEN.keys() == draw.BLOCKS.keys() == {"base", "new"}
+def test_the_sets_share_no_code_point_and_the_first_two_no_block():
+    assert tuple(CHOSEN) == draw.SETS == ("base", "new", "more")
     codes = {which: sum(blocks.values(), []) for which, blocks in CHOSEN.items()}
     assert not CHOSEN["base"].keys() & CHOSEN["new"].keys()
-    assert len(codes["base"] + codes["new"]) == len(set(codes["base"] + codes["new"])) > 400
-    for which, blocks in CHOSEN.items():
+    assert sum(map(len, codes.values())) == len(set(sum(codes.values(), []))) > 400
+    assert {block: len(found) for block, found in CHOSEN["more"].items()} == draw.MORE
+    for which in draw.BLOCKS:
+        blocks = CHOSEN[which]
         assert blocks.keys() == draw.BLOCKS[which].keys()
         for block, found in blocks.items():
             first, last, most = draw.BLOCKS[which][block]
             assert found == sorted(found) and first <= found[0] and found[-1] <= last and len(found) <= most
     # every class has enough training faces and at least one held-out face
-    for code in codes["base"] + codes["new"]:
+    for code in sum(codes.values(), []):
         held_out = set(draw.faces_by_code()[code]) & set(draw.HELD_OUT)
         assert held_out and len(draw.faces_by_code()[code]) - len(held_out) >= draw.MIN_FACES - len(draw.HELD_OUT)
 
