@@ -18,8 +18,9 @@ from hierarchy.hierarchy import check_counts
 from models import DiT
 from runtime.device import DTYPES
 from training import memory
+from training.average import choose_warmup
 from training.batches import StepBatches
-from training.setup import choose_warmup, describe, load_data
+from training.setup import describe, load_data
 
 PUBLISHED_SHAPE = dict(  # of the Stable Diffusion autoencoders
     down_block_types=["DownEncoderBlock2D"] * 4,

@@ -4,6 +4,7 @@ Parameters, gradients, moments and EMA are counted. Activations are measured: sm
 that autograd saves for the backward pass are added up. These are the same on a CPU.
 """
 
+import argparse
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
+
+from autoencoder import Autoencoder
+from models import DiT
 
 GIB = 2**30
 ENCODER_MAPS = 5.3  # peak of an encoder in full-size feature maps: 0.165 GiB at 256 pixels in float32, on a CPU
@@ -196,3 +202,28 @@ def advice(micro_batch: int) -> str:
     """Return advice for when memory is insufficient. micro_batch: the largest that may fit; below 1, none does."""
     first = f"pass --micro-batch {micro_batch} (the same losses in more passes), " if micro_batch > 0 else "pass "
     return f"{first}--mixed-precision bf16 or fp16, or --grad-checkpointing"
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def split_batch(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    local_batch: int,
+    model: DiT,
+    parameters: dict[str, nn.Parameter],
+    autoencoder: Autoencoder,
+) -> tuple[int, str]:
+    """Return the number of forward passes of a step and a sentence about memory; the processes agree on the number."""
+    encoding = 0 if args.latents else encoder_bytes(autoencoder.vae, args.image_size)
+    activations = activation_bytes(model, accelerator.autocast)
+    expected = forecast(model, parameters, activations, autoencoder.vae, encoding)
+    own = requested_bytes(args.gpu_memory) or gpu_bytes(accelerator.device)
+    capacity = min(gather_object([own])) if own else None
+    processes = accelerator.num_processes
+    if args.grad_accum > 1:
+        images = -(-local_batch // args.grad_accum)
+    else:
+        images = choose_images(args.micro_batch, local_batch, expected, capacity, processes)
+    return -(-local_batch // images), describe_forecast(expected, images, capacity, processes)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from torch import nn
 
 from autoencoder import Autoencoder, load_autoencoder
@@ -17,7 +16,7 @@ from checkpoint.download import find_starting_weights
 from checkpoint.loading import TABLE, build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
-from finetune import EMA, METHODS, MOST_OF_START, ROWS, adamw, default_warmup, freeze_other_rows, select, store_frozen
+from finetune import EMA, METHODS, ROWS, adamw, freeze_other_rows, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
@@ -33,6 +32,7 @@ from runtime.files import Lock, atomic_write
 from runtime.private import ddp_exchanged_bytes
 from runtime.processes import ask_main, run_on_main, start_processes
 from training import memory
+from training.average import choose_warmup, describe_average
 from training.batches import StepBatches
 from training.extension import extend
 from training.folder import lock_run_dir, move_aside, resolve_run_dir, write_launch
@@ -44,7 +44,6 @@ from training.state import (
     load_run_base,
     load_state,
     saved_precision,
-    saved_warmup,
 )
 from training.step import GuardedOptimizer
 
@@ -151,7 +150,7 @@ def begin(args: argparse.Namespace) -> Run:
     compiled = resolve_compile(args.compile, accelerator.device, batches.max_steps - description.step)
     settings = vars(args) | {"mixed_precision": precision, "compile": compiled}
     log_run_summary(settings, logger, parameters, description.hierarchy)
-    passes, memory_note = split_batch(args, accelerator, batches.local_batch, model, parameters, autoencoder)
+    passes, memory_note = memory.split_batch(args, accelerator, batches.local_batch, model, parameters, autoencoder)
     for text in filter(None, [memory_note, *notes]):
         logger.log(text)
 
@@ -342,52 +341,6 @@ def start_from_base(
     with accelerator.local_main_process_first():  # one process a node downloads
         weights = find_starting_weights(args.resume, args.model, args.image_size)
         return init_from(model, parameters, weights, description, *table)
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def split_batch(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    local_batch: int,
-    model: DiT,
-    parameters: dict[str, nn.Parameter],
-    autoencoder: Autoencoder,
-) -> tuple[int, str]:
-    """Return the number of forward passes of a step and a sentence about memory; the processes agree on the number."""
-    encoding = 0 if args.latents else memory.encoder_bytes(autoencoder.vae, args.image_size)
-    activations = memory.activation_bytes(model, accelerator.autocast)
-    forecast = memory.forecast(model, parameters, activations, autoencoder.vae, encoding)
-    own = memory.requested_bytes(args.gpu_memory) or memory.gpu_bytes(accelerator.device)
-    capacity = min(gather_object([own])) if own else None
-    processes = accelerator.num_processes
-    if args.grad_accum > 1:
-        images = -(-local_batch // args.grad_accum)
-    else:
-        images = memory.choose_images(args.micro_batch, local_batch, forecast, capacity, processes)
-    return -(-local_batch // images), memory.describe_forecast(forecast, images, capacity, processes)
-
-
-# ---- average -------------------------------------------------------------------------------------
-
-
-def choose_warmup(args: argparse.Namespace, steps: int, saved: ModelDescription | None) -> int:
-    """Return the `warmup` of the EMA: --ema-warmup, or else that of the state `saved`, or of a new run of `steps` steps."""
-    if args.ema_warmup is not None:
-        return args.ema_warmup
-    return saved_warmup(saved) if saved else default_warmup(args.ema_decay, steps)
-
-
-def describe_average(decay: float, warmup: int, steps: int) -> str:
-    """Return a sentence about the EMA of a run of `steps` steps, which is what its adapters hold."""
-    share = f"{decay**steps:.0%} of the starting weights after {steps:,} steps"
-    if warmup:
-        return (
-            f"EMA: decay {decay}, at most (1 + k) / ({warmup} + k) at step k; without this limit it would keep {share}"
-        )
-    advice = ": for better adapters of a short run pass --ema-warmup" if decay**steps > MOST_OF_START else ""
-    return f"EMA: decay {decay}, which keeps {share}{advice}"
 
 
 # ---- log -----------------------------------------------------------------------------------------
