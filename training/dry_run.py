@@ -16,7 +16,7 @@ from finetune import METHODS, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
-from runtime.device import DTYPES
+from runtime.device import DTYPES, resolve_precision
 from training import memory
 from training.average import choose_warmup
 from training.batches import StepBatches
@@ -109,7 +109,9 @@ def estimate_memory(
 
     model: on the meta device. Converts it and the autoencoder `vae` to the precision of the run.
     """
-    half = DTYPES[args.mixed_precision]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    precision = planned_precision(args, device)
+    half = DTYPES[precision]
     store_frozen(model, half)
     model.train()
     model.grad_checkpointing = args.grad_checkpointing
@@ -120,7 +122,6 @@ def estimate_memory(
     encoding = 0 if args.latents else memory.encoder_bytes(vae, args.image_size)
     forecast = memory.forecast(model, parameters, activations, vae, encoding)
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     capacity = memory.requested_bytes(args.gpu_memory) or memory.gpu_bytes(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_batch = -(-args.global_batch_size // world)
@@ -130,9 +131,17 @@ def estimate_memory(
         images = memory.choose_images(args.micro_batch, local_batch, forecast, capacity, world)
     need = {use: round(size / memory.GIB, 2) for use, size in forecast.need(images).items()}
     return {
+        "mixed_precision": precision,
         "micro_batch": images,
         "forward_passes": -(-local_batch // images),
         "memory_gib": need
         | {"total": round(sum(need.values()), 2), "gpu": capacity and round(capacity / memory.GIB, 2)},
         "memory": memory.describe_forecast(forecast, images, capacity, world).removeprefix("memory: "),
     }
+
+
+def planned_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """Return the precision of a run on `device`, or on the GPU that --gpu-memory stands for if there is none here."""
+    if device.type == "cpu" and args.gpu_memory:
+        return "bf16" if args.mixed_precision == "auto" else args.mixed_precision
+    return resolve_precision(args.mixed_precision, device)

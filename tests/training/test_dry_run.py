@@ -23,7 +23,7 @@ def test_a_dry_run_with_images_says_what_the_run_says(precision, command, images
     found = json.loads(result.out)
     assert [found[name] for name in ("num_classes", "num_super_classes", "images")] == [5, 2, 20]
     assert [found[name] for name in ("steps", "epochs", "ema_warmup")] == [5, 1, 25]  # 4 images per step
-    assert found["trainable_params"] == 23_064
+    assert found["trainable_params"] == 23_064 and found["mixed_precision"] == precision
     assert found["memory_gib"]["gpu"] == 0.7
     result = command(train.main, *flags, "--resume", base, "--max-steps", 1, "--preview-images", 0)
     assert result.code == 0, result.err
@@ -49,3 +49,10 @@ def test_a_dry_run_with_latents_reads_their_shape(command):
 def test_a_dry_run_without_such_data_is_refused(command, tmp_path):
     for flags in (("--data-path", "nowhere"), ("--latents", tmp_path), ("--data-path", "a", "--latents", "b")):
         assert command(train.main, "--dry-run", *flags).code == 2
+
+
+def test_a_dry_run_plans_for_half_precision_on_a_gpu_and_for_none_without_one(command):
+    flags = "--dry-run", *DEFAULT_AVERAGE, "--latents", LATENTS
+    found = [json.loads(command(train.main, *flags, *more).out) for more in ((), ("--gpu-memory", 24))]
+    assert [each["mixed_precision"] for each in found] == ["no", "bf16"]
+    assert [each["memory_gib"]["gpu"] for each in found] == [None, 24]
