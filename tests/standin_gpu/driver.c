@@ -9,7 +9,8 @@ long standin_triton_launches;
 #define LAUNCH(name) int name(void) { __sync_fetch_and_add(&standin_triton_launches, 1); return 0; }
 LAUNCH(cuLaunchKernel) LAUNCH(cuLaunchKernelEx) LAUNCH(cuLaunchCooperativeKernel)
 
-HANDLE(cuCtxGetCurrent) HANDLE(cuDevicePrimaryCtxRetain) HANDLE(cuModuleLoadData) HANDLE(cuModuleGetFunction)
+HANDLE(cuCtxGetCurrent) HANDLE(cuDevicePrimaryCtxRetain) HANDLE(cuModuleLoad) HANDLE(cuModuleLoadData) HANDLE(cuModuleLoadDataEx)
+HANDLE(cuModuleGetFunction)
 NUMBER(cuDeviceGet, 0) NUMBER(cuDeviceGetCount, 1) NUMBER(cuDriverGetVersion, 12080)
 NUMBER(cuOccupancyMaxActiveBlocksPerMultiprocessor, 4) NUMBER(cuOccupancyMaxActiveClusters, 4)
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuModuleUnload)

@@ -37,7 +37,7 @@ static size_t capacity(void) {
     return getenv("STANDIN_GIB") ? (size_t)(atof(getenv("STANDIN_GIB")) * (1 << 30)) : card()->mib << 20;
 }
 
-ANSWER(cudaGetDeviceCount, getenv("STANDIN_COUNT") ? atoi(getenv("STANDIN_COUNT")) : 1)
+ANSWER(cudaGetDeviceCount, !*getenv("CUDA_VISIBLE_DEVICES") ? 0 : getenv("STANDIN_COUNT") ? atoi(getenv("STANDIN_COUNT")) : 1)
 int cudaDeviceGetAttribute(int *out, int attribute) {
     switch (attribute) {
         case cudaDevAttrComputeCapabilityMajor: *out = card()->major; break;
