@@ -8,20 +8,20 @@ the protocol and its reasons.
 """
 
 import argparse
-import json
-import os
 import platform
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from evaluation.comparison import (
-    FEW_IMAGES,
     NEIGHBOURS,
     ComparedSet,
+    Floor,
     MeasuredSet,
     SavedSet,
     group_metrics,
@@ -29,68 +29,136 @@ from evaluation.comparison import (
 )
 from evaluation.features import Network, why_not_comparable
 from evaluation.image_pass import float64_device, moments_name, run_pass
-from evaluation.image_sets import (
-    Folder,
-    ImageSet,
-    Pixels,
-    check_sets,
-    choose_hierarchy,
-    open_pixels,
-    open_set,
-)
+from evaluation.image_sets import ImageSet, Pixels, check_sets, choose_hierarchy, open_pixels, open_second, open_set
 from evaluation.metrics import KID_SUBSETS
 from evaluation.networks import Networks, check_networks, load_networks, recorded_networks
-from evaluation.notes import classifier_notes, image_notes, label_notes
-from evaluation.options import check_settings, parse_args
-from evaluation.plan import SAMPLE, make_plan
-from evaluation.reports import text_table, write_report
+from evaluation.notes import bias_notes, classifier_notes, floor_notes, image_notes, label_notes
+from evaluation.options import HALVES, check_settings, parse_args
+from evaluation.plan import SAMPLE, Plan, make_plan
+from evaluation.reports import OVERALL, text_table, write_report
+from evaluation.samples import check_complete, read_sample_settings
 from evaluation.saved_statistics import Statistics, save_adm, save_statistics
 from hierarchy import Hierarchy
 from runtime.cli import run_command
-from runtime.processes import keep_process_group, start_processes
-from runtime.text import one_line, shorten
+from runtime.processes import agree, agree_in_turns, keep_process_group, start_processes
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
 
 
+# ---- sets ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class OpenedSets:
+    """The sets of the command line, labelled.
+
+    sets       REAL and FAKE, or REAL alone
+    hierarchy  None if all images are one class
+    present    superclasses that the sets have
+    settings   of the sampling of FAKE, None if unknown
+    size       pixels per side of the images, None if there are none
+    pixels     of each set, None for statistics
+    second     images of --floor DIR, chosen to match FAKE
+    """
+
+    sets: list[ImageSet]
+    hierarchy: Hierarchy | None
+    present: list[int]
+    settings: dict | None
+    size: int | None
+    pixels: list[Pixels | None]
+    second: Pixels | None = None
+
+
+def open_sets(args: argparse.Namespace) -> OpenedSets:
+    """Check the flags, open the sets, label their images, and decide how to crop them."""
+    check_settings(args)
+    sets = [open_set(path, args.trust_stats) for path in (args.real, args.fake) if path]
+    hierarchy = choose_hierarchy(args.hierarchy, sets)
+    for each in sets:
+        each.label(hierarchy)
+    present = check_sets(sets, hierarchy)
+    if isinstance(sets[0], Statistics) and (args.save_stats or args.save_adm):
+        raise ValueError(f"{args.real} holds statistics, expected images to make statistics of: drop the flag.")
+    if isinstance(sets[0], Statistics) and args.floor == HALVES:
+        raise ValueError(
+            f"{args.real} holds statistics, expected images to halve for --floor: name a second folder with --floor DIR, or "
+            "drop the flag."
+        )
+    settings = read_sample_settings(args.fake) if args.fake else None
+    if settings:
+        check_complete(sets[1], settings)
+    opened = OpenedSets(sets, hierarchy, present, settings, *open_pixels(sets, args.image_size))
+    if args.floor not in (None, HALVES):
+        opened.second = Pixels(open_second(args.floor, sets[1], hierarchy, args.seed), opened.size, crop=True)
+    return opened
+
+
 # ---- pass ----------------------------------------------------------------------------------------
 
 
-def measure_set(
-    args: argparse.Namespace,
-    sets: list[ImageSet],
-    i: int,
-    images: Pixels | None,
-    networks: Networks,
-    dims: dict[Network, dict[str, int]],
-    hierarchy: Hierarchy | None,
-    device: torch.device,
-) -> ComparedSet | None:
-    """Run the pass over set i; saved statistics need none. Return None on all processes but the main one.
+def make_plans(
+    args: argparse.Namespace, opened: OpenedSets, networks: Networks, dims: dict[Network, dict[str, int]]
+) -> list[Plan | None]:
+    """Return the plan of the pass over each set, and of the second real set; None for those without images.
 
-    images: its `Pixels`, None for statistics
     dims: of `Networks.output_dims`
     """
-    if images is None:
-        superclasses, lpips = hierarchy and hierarchy.superclasses, networks.lpips and networks.lpips.record
-        return SavedSet(sets[i], superclasses, networks.features[0].name, lpips)
-    labels = sets[i].labels
-    parents = hierarchy.parents.numpy() if hierarchy else np.zeros(1, dtype=np.int64)
-    half_sizes = None
-    if args.floor and i == 0:  # halves of the real set, each with at most as many images as FAKE
-        fake_labels = sets[-1].labels if sets[-1].labels is not None else labels
-        half_sizes = np.bincount(parents[fake_labels], minlength=parents.max() + 1)
-    total_dims = sum(dims[network]["features"] for network in networks.features)
-    plan = make_plan(labels, parents, args.keep_features, total_dims, half_sizes, args.seed)
-    result = run_pass(images, plan, networks, device, args.batch_size, args.num_workers, sets[i].path.name)
-    return result and MeasuredSet(result, float64_device(device))
+    parents = opened.hierarchy.parents.numpy() if opened.hierarchy else np.zeros(1, dtype=np.int64)
+    counts, labels = len(opened.present) and parents.max() + 1, [each.labels for each in opened.sets]
+    options = dict(keep=args.keep_features, seed=args.seed)
+    options["dims"] = sum(dims[network]["features"] for network in networks.features)
+    options["lpips_dims"] = dims[networks.lpips]["features"] if networks.lpips else 0
+    half_sizes, plans = None, []
+    for i, of_set in enumerate(labels):
+        if args.floor == HALVES and i == 0:  # halves of the real set, each with at most as many images as FAKE
+            other = of_set if labels[-1] is None else labels[-1]
+            half_sizes = np.bincount(parents[other], minlength=max(1, counts))
+        elif args.floor == HALVES:  # and as many images of FAKE as one of them has
+            real = plans[0]
+            half_sizes = np.bincount(real.superclass[real.half == 0], minlength=max(1, counts))
+        plans.append(
+            None if of_set is None else make_plan(of_set, parents, half_sizes=half_sizes, one_half=i, **options)
+        )
+    second = opened.second and make_plan(opened.second.images.labels, parents, **options)
+    return [*plans, second]
 
 
-def print_times(compared: list[ComparedSet]):
+def measure_sets(
+    args: argparse.Namespace,
+    opened: OpenedSets,
+    networks: Networks,
+    dims: dict[Network, dict[str, int]],
+    device: torch.device,
+) -> list[ComparedSet | None]:
+    """Run the passes over the sets and the second real set; saved statistics need none.
+
+    Return None for each set of images on all processes but the main one, and for a second set that is not given.
+    """
+    measured = []
+    plans = make_plans(args, opened, networks, dims) if dims else [None] * 3
+    for i, (plan, images) in enumerate(zip(plans, [*opened.pixels, opened.second])):
+        if images is None and i < len(opened.sets):
+            lpips = networks.lpips and networks.lpips.record
+            superclasses = opened.hierarchy and opened.hierarchy.superclasses
+            measured.append(SavedSet(opened.sets[i], superclasses, networks.features[0].name, lpips))
+            continue
+        if images is None:
+            measured.append(None)
+            continue
+        limit = max(1, len(images) // 100) if args.max_bad_images is None else args.max_bad_images
+        used = networks if images is not opened.second else Networks(networks.features)
+        options = dict(title=images.images.path.name, max_bad_images=limit)
+        result = run_pass(images, plan, used, device, args.batch_size, args.num_workers, **options)
+        measured.append(result and MeasuredSet(result, opened.size, float64_device(device)))
+    return measured
+
+
+def print_times(measured: list[ComparedSet | None]):
     """Print how long each pass took, and how long outside the networks."""
-    for name, each in zip(("real", "fake"), compared):
-        if each.seconds:
+    for name, each in zip(("real", "fake", "floor"), measured):
+        if each and each.seconds:
             total, outside = each.seconds["total"], each.seconds["total"] - each.seconds["network"]
             print(
                 f"{name}: {each.n(None):,} images in {total:.1f} s, {outside:.1f} s outside the networks",
@@ -122,36 +190,11 @@ def save_real(
         record = {"network": network.record, "crop": size, "pixels": real.pixels(), "lpips": lpips}
         save_statistics(args.save_stats, gaussians, record, hierarchy)
     if args.save_adm:
-        rows, spatial = np.flatnonzero(real.plan.sampled), real.gaussian(moments_name(network.name, "spatial"), None)
+        rows, spatial = real.result.rows[real.plan.sampled], real.gaussian(moments_name(network.name, "spatial"), None)
         save_adm(args.save_adm, images, real.gaussian(network.name, None), spatial, rows, size)
 
 
 # ---- report --------------------------------------------------------------------------------------
-
-
-def read_sample_settings(path: str | os.PathLike) -> dict | None:
-    """Read settings.json of a folder of samples, or of the folder that an .npz was made from; None if there is none."""
-    path = Path(path)
-    path = (path if path.is_dir() else path.with_suffix("")) / "settings.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({one_line(error)}), expected the settings that sample_ddp.py writes: restore or remove it."
-        ) from None
-
-
-def check_complete(images: ImageSet, settings: dict):
-    """Raise ValueError if a folder of samples has another number of images than its settings say.
-
-    images: an opened set, see `evaluation.image_sets.open_set`
-    """
-    expected = settings.get("num_fid_samples")
-    if isinstance(images, Folder) and expected not in (None, len(images)):
-        raise ValueError(
-            f"{images.path} has {len(images):,} images, but sample_ddp.py was to make {expected:,}: run the same "
-            "sample_ddp.py command again, which completes it, or remove what is not of that run."
-        )
 
 
 def list_choices(args: argparse.Namespace, compared: list[ComparedSet], networks: Networks, size: int | None) -> dict:
@@ -168,57 +211,42 @@ def list_choices(args: argparse.Namespace, compared: list[ComparedSet], networks
         "sample": SAMPLE,
         "kid_subsets": KID_SUBSETS,
         "neighbours": NEIGHBOURS,
+        "floor": args.floor,
         "batch_size": args.batch_size,
     }
 
 
-def list_notes(
-    sets: list[ImageSet],
-    compared: list[ComparedSet],
-    hierarchy: Hierarchy | None,
-    networks: Networks,
-    settings: dict | None,
-    rows: dict[str, dict],
-) -> list[str]:
-    """Return sentences about possible problems with the images, and about groups with few of them.
-
-    settings: of the sampling, see `read_sample_settings`
-    rows: {"overall" or superclass: metrics}
-    """
-    notes = image_notes(sets, hierarchy, [each.digests for each in compared])
-    notes += label_notes(sets, hierarchy, settings) if hierarchy else []
-    notes += classifier_notes(rows["overall"], hierarchy)
-    counts = {name: (row["n_real"], row["n_fake"]) for name, row in rows.items()}
-    few = [name for name, both in counts.items() if any(n is not None and n < FEW_IMAGES for n in both)]
-    if few and networks.features:
-        notes.append(
-            f"{len(few)} rows have fewer than {FEW_IMAGES:,} images ({shorten(few)}): their Frechet distance is mostly bias, "
-            "read KID instead."
-        )
-    return notes
+def describe_set(images: ImageSet, measured: ComparedSet) -> dict:
+    """Return what the report says about a set."""
+    return {
+        "path": str(images.path),
+        "kind": images.kind,
+        "n": measured.n(None),
+        "pixels": measured.pixels(),
+        "seconds": measured.seconds,
+        "unreadable": measured.result.unreadable if isinstance(measured, MeasuredSet) else [],
+    }
 
 
 def build_report(
     args: argparse.Namespace,
-    sets: list[ImageSet],
+    opened: OpenedSets,
     compared: list[ComparedSet],
-    hierarchy: Hierarchy | None,
-    present: list[int],
+    second: MeasuredSet | None,
     networks: Networks,
-    size: int | None,
-    settings: dict | None,
 ) -> dict:
     """Compute all metrics and return the content of metrics.json.
 
-    present: superclasses that the sets have
-    size: pixels per side of the images
-    settings: of the sampling, see `read_sample_settings`
+    second: the second real set of the floor
     """
-    real, fake = compared
+    (real, fake), sets, hierarchy, settings = compared, opened.sets, opened.hierarchy, opened.settings
     # Metrics:
-    options = dict(seed=args.seed, floor=args.floor and isinstance(real, MeasuredSet))
-    overall = group_metrics(real, fake, networks, None, **options) | overall_metrics(real, fake, networks)
-    rows = {hierarchy.superclasses[s]: group_metrics(real, fake, networks, s, **options) for s in present}
+    floor = Floor(second) if args.floor else None
+    options, rows = dict(seed=args.seed, floor=floor), {}
+    groups = {**{hierarchy.superclasses[s]: s for s in opened.present}, OVERALL: None} if hierarchy else {OVERALL: None}
+    for name, s in tqdm(groups.items(), desc="distances", unit="row", leave=False):
+        rows[name] = group_metrics(real, fake, networks, s, **options)
+    rows[OVERALL] |= overall_metrics(real, fake, networks)
     # Reasons not to compare them with published ones:
     reasons = list(filter(None, map(why_not_comparable, networks.all())))
     reasons += [
@@ -226,25 +254,23 @@ def build_report(
         for each in sets
         if isinstance(each, Statistics) and not each.record
     ]
+    # Possible problems:
+    notes = image_notes(sets, hierarchy, compared)
+    notes += label_notes(sets, hierarchy, settings) if hierarchy else []
+    notes += classifier_notes(rows[OVERALL], hierarchy)
+    notes += floor_notes(second, sets[0], real, fake, args.floor)
+    notes += bias_notes(rows, compared, networks)
     return {
         "format": FORMAT,
         "comparable": not reasons,
         "not_comparable": reasons,
-        "overall": overall,
-        "superclasses": rows,
-        "notes": list_notes(sets, compared, hierarchy, networks, settings, {**rows, "overall": overall}),
-        **{
-            name: {
-                "path": str(each.path),
-                "kind": each.kind,
-                "n": measured.n(None),
-                "pixels": measured.pixels(),
-                "seconds": measured.seconds,
-            }
-            for name, each, measured in zip(("real", "fake"), sets, compared)
-        },
+        "overall": rows[OVERALL],
+        "superclasses": {name: row for name, row in rows.items() if name != OVERALL},
+        "notes": notes,
+        **{name: describe_set(*each) for name, *each in zip(("real", "fake"), sets, compared)},
+        "floor": second and describe_set(opened.second.images, second),
         "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.digest()},
-        "choices": list_choices(args, compared, networks, size),
+        "choices": list_choices(args, compared, networks, opened.size),
         "sampling": settings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -253,54 +279,44 @@ def build_report(
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def load_and_check(
+    args: argparse.Namespace, opened: OpenedSets, device: torch.device
+) -> tuple[Networks, dict[Network, dict[str, int]]]:
+    """Load the networks and return them with their `output_dims`, {} if there are no images to compare."""
+    if any(opened.pixels):
+        networks = load_networks(args, device)
+        dims = networks.output_dims(opened.size, device)
+    else:
+        networks, dims = recorded_networks(opened.sets[0]), {}
+    check_networks(networks, opened.sets, dims, opened.size, opened.hierarchy)
+    return networks, dims
+
+
 def main():
     """Compare the sets of the command line; print the table and write the report."""
     args = parse_args(__doc__.split("\n")[0])
-    check_settings(args)
-    saves_real = bool(args.save_stats or args.save_adm)
 
     # Set up processes:
     state = start_processes()
-    device = state.device
     torch.backends.cudnn.allow_tf32 = False  # with it, features would differ between GPUs by more than rounding
 
-    # Open the sets, label their images, decide how to crop them:
-    sets = [open_set(path, args.trust_stats) for path in (args.real, args.fake) if path]
-    hierarchy = choose_hierarchy(args.hierarchy, sets)
-    for each in sets:
-        each.label(hierarchy)
-    present = check_sets(sets, hierarchy)
-    if isinstance(sets[0], Statistics) and saves_real:
-        raise ValueError(f"{args.real} holds statistics, expected images to make statistics of: drop the flag.")
-    settings = read_sample_settings(args.fake) if args.fake else None
-    if settings:
-        check_complete(sets[1], settings)
-    size, pixels = open_pixels(sets, args.image_size)
-
-    # Load the networks:
-    if any(pixels):
-        with state.local_main_process_first():  # one process per node downloads
-            networks = load_networks(args, device)
-        dims = networks.output_dims(size, device)
-    else:
-        networks, dims = recorded_networks(sets[0]), {}
-    check_networks(networks, sets, dims, size, hierarchy)
+    # Open the sets, load the networks:
+    opened = agree(state, open_sets, args)
+    networks, dims = agree_in_turns(state, load_and_check, args, opened, state.device)
 
     # Run the images through the networks:
-    compared = [
-        measure_set(args, sets, i, images, networks, dims, hierarchy, device) for i, images in enumerate(pixels)
-    ]
+    *compared, second = measure_sets(args, opened, networks, dims, state.device)
     keep_process_group()
     state.destroy_process_group()
     if not state.is_main_process:
         return
-    print_times(compared)
+    print_times([*compared, second])
 
     # Save statistics, compute the metrics, write the report:
-    if saves_real:
-        save_real(args, compared[0], pixels[0], networks, hierarchy, size)
+    if args.save_stats or args.save_adm:
+        save_real(args, compared[0], opened.pixels[0], networks, opened.hierarchy, opened.size)
     if args.fake:
-        report = build_report(args, sets, compared, hierarchy, present, networks, size, settings)
+        report = build_report(args, opened, compared, second, networks)
         print(text_table(report))
         if args.output:
             write_report(Path(args.output), report)

@@ -36,7 +36,7 @@ from runtime.device import (
     set_tf32,
 )
 from runtime.files import sha256
-from runtime.processes import keep_process_group, run_on_main, start_processes
+from runtime.processes import agree, agree_in_turns, agree_on_main, keep_process_group, start_processes
 from sampling.load import build_guidance, load_model
 from sampling.options import add_options, advise_smaller, check_options
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
@@ -73,13 +73,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_settings(args: argparse.Namespace):
-    """Raise ValueError if a flag is invalid or contradicts another."""
+def check_settings(args: argparse.Namespace, world: int):
+    """Raise ValueError if a flag is invalid or contradicts another, or if there are more processes than images."""
     check_options(args)
     many = (1, 10**9)
     check_range(args, num_fid_samples=many, per_proc_batch_size=many, global_seed=(0, 2**63 - 1))
     if args.name and (Path(args.name).name != args.name or args.name == ".."):
         raise ValueError(f"--name is {args.name}, expected the name of a folder: choose its place with --sample-dir.")
+    if world > args.num_fid_samples:
+        raise ValueError(
+            f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
+            "fewer."
+        )
 
 
 # ---- labels and settings -------------------------------------------------------------------------
@@ -175,25 +180,21 @@ def sample(args: argparse.Namespace):
     # Set up processes:
     state = start_processes()
     device, rank, world = state.device, state.process_index, state.num_processes
+    agree(state, check_settings, args, world)
     count = args.num_fid_samples
-    if world > count:
-        raise ValueError(
-            f"{world} processes are more than --num-fid-samples {count}: start as many as there are images, or fewer."
-        )
     if device.type == "cpu":
         torch.set_num_threads(1)
     set_tf32(args.tf32)
 
     # Load model:
-    precision = resolve_precision(args.mixed_precision, device)
+    precision = agree(state, resolve_precision, args.mixed_precision, device)
     half = half_dtype(precision)
-    with state.local_main_process_first():  # one process per node downloads
-        model, description, autoencoder = load_model(args, device, half)
+    model, description, autoencoder = agree_in_turns(state, load_model, args, device, half)
     # as many steps as in batches of 32 in one process, so that a run continues on any number of processes
     compiled = resolve_compile(args.compile, device, args.num_sampling_steps * count // 32)
     if compiled:
         model.compile_blocks()
-    guidance = build_guidance(args, model)
+    guidance = agree(state, build_guidance, args, model)
 
     # Choose labels:
     hierarchy = description.hierarchy
@@ -216,10 +217,12 @@ def sample(args: argparse.Namespace):
     if state.is_main_process and device.type == "cuda":
         print(describe_computation(device, precision, compiled))
     with closing(store):
-        run_on_main(state, lambda: store.prepare(collect_settings(args, description, autoencoder, precision, compiled)))
+        agree_on_main(
+            state, lambda: store.prepare(collect_settings(args, description, autoencoder, precision, compiled))
+        )
         sample_missing(store, generate, args.global_seed, batch_size, rank, world)
         state.wait_for_everyone()
-        run_on_main(state, store.finish)
+        agree_on_main(state, store.finish)
     if state.is_main_process:
         print(f"{count:,} images in {' and '.join(map(str, store.places()))}")
     keep_process_group()
@@ -227,9 +230,7 @@ def sample(args: argparse.Namespace):
 
 
 def main():
-    args = parse_args()
-    check_settings(args)
-    sample(args)
+    sample(parse_args())
 
 
 if __name__ == "__main__":

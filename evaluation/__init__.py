@@ -4,6 +4,7 @@ metrics                             formulas, from features alone
 class_names                         classes of files and of the comparison, matched by name
 npz_sets, saved_statistics          .npz files of images and of statistics
 image_sets                          sets to compare: their labels and pixels
+samples                             the settings that sample_ddp.py writes
 weights, features, named_networks   the networks and their files
 networks                            the networks of a comparison
 plan, reduction, diversity          parts of the pass over a set of images

@@ -6,6 +6,7 @@ superclass, or None for all images.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from evaluation.networks import Networks
 from evaluation.saved_statistics import Statistics
 
 NEIGHBOURS = 3  # k of precision and recall
-FEW_IMAGES = 2048  # with fewer, a covariance of Inception features is singular and FID is mostly its own bias
+CHUNK = 4096  # features that are converted to float64 at a time
 
 
 class MeasuredSet:
@@ -38,11 +39,12 @@ class MeasuredSet:
     seconds     see `PassResult`
     kept        "all" or "sample": the images whose features are kept
 
+    size: pixels per side of the images
     device: for KID, precision and recall
     """
 
-    def __init__(self, result: PassResult, device: torch.device):
-        self.result, self.plan, self.device = result, result.plan, device
+    def __init__(self, result: PassResult, size: int, device: torch.device):
+        self.result, self.plan, self.size, self.device = result, result.plan, size, device
         self.digests, self.seconds = result.digests, result.seconds
         self.kept = "all" if self.plan.kept.all() else "sample"
 
@@ -61,12 +63,22 @@ class MeasuredSet:
 
     def gaussian(self, name: str, s: int | None, half: int | None = None) -> Gaussian | None:
         """Return mean and covariance of the features `name`, see `image_pass.moments_name`; None with fewer than 2 images."""
-        total = None
-        for (group, part), moments in self.result.moments[name].items():
-            if s in (None, group) and half in (None, part):
-                total = total or Moments(len(moments.mean), moments.mean.device)
-                total.merge(moments)
-        if total is None or total.n < 2:
+        moments = self.result.moments[name]
+        sums = [
+            m for group, m in moments.items() if group is None or s in (None, group[0]) and half in (None, group[1])
+        ]
+        features = None
+        if None not in moments:  # groups without moments have the features of all their images
+            rows = self.rows(s, half)
+            for group in moments:
+                rows &= ~self.rows(*group)
+            features = self.result.features[name][rows[self.plan.kept]]
+        total = Moments(len(sums[0].mean) if sums else features.shape[1], self.device)
+        for part in sums:
+            total.merge(part)
+        for part in features.split(CHUNK) if features is not None and len(features) else ():
+            total.add(part.to(self.device))
+        if total.n < 2:
             return None
         gaussian = total.gaussian()
         return Gaussian(gaussian.n, gaussian.mean.cpu(), gaussian.covariance.cpu())
@@ -93,6 +105,10 @@ class MeasuredSet:
             rows &= self.plan.sampled
         return self.result.features[network][rows[self.plan.kept]].to(self.device)
 
+    def width(self, network: str) -> int:
+        """Return the number of features per image."""
+        return self.result.features[network].shape[1]
+
     def score(self) -> tuple[float, float] | None:
         """Return the Inception score of all images, mean and standard deviation; None without Inception."""
         return next(map(inception_score, self.result.score.values()), None)
@@ -102,7 +118,7 @@ class MeasuredSet:
         correct = self.result.correct
         if correct is None:
             return None
-        return (correct[:, slice(s, None if s is None else s + 1)].sum(1) / self.n(s)).tolist()
+        return (correct[:, slice(s, None if s is None else s + 1)].sum(1) / self.n(s)).tolist() if self.n(s) else None
 
     def diversity(self, s: int | None, seed: int) -> dict:
         """Return the metrics of `lpips_diversity`; {} without LPIPS."""
@@ -143,6 +159,10 @@ class SavedSet:
     def sample(self, network: str, s: int | None = None, limit: bool = False) -> None:
         """Return None: there are no features."""
 
+    def width(self, network: str) -> int:
+        """Return the number of features per image."""
+        return len(self.gaussian(None).mean)
+
     def score(self) -> None:
         """Return None: there are no logits."""
 
@@ -162,25 +182,59 @@ class SavedSet:
 ComparedSet = MeasuredSet | SavedSet
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The distance between two sets of real images, below which no model comes except by chance.
+
+    second: a second set of real images, as large as FAKE; if None, the two halves of REAL are compared, and FAKE also at
+            their size
+    """
+
+    second: MeasuredSet | None = None
+
+    def metrics(
+        self, real: ComparedSet, fake: ComparedSet, network: str, s: int | None
+    ) -> dict[str, float | int | None]:
+        """Return "floor", its number of images "floor_n", and for halves FAKE's distance at this number, "fd_at_floor_n"."""
+        if self.second:
+            return {
+                "floor": distance_of(real.distribution(network, s), self.second.distribution(network, s)),
+                "floor_n": self.second.n(s),
+            }
+        halves = [real.distribution(network, s, half) for half in (0, 1)]
+        part = fake.distribution(network, s, 0)
+        return {
+            "floor": distance_of(*halves),
+            "floor_n": int(real.rows(s, 0).sum()),
+            "fd_at_floor_n": distance_of(halves[0], part),
+        }
+
+
+def distance_of(a: Distribution | None, b: Distribution | None) -> float | None:
+    """Return the Frechet distance, None if a distribution is unknown."""
+    return frechet_distance(a, b) if a and b else None
+
+
 def distances(
-    real: ComparedSet, fake: ComparedSet, network: str, s: int | None, seed: int, floor: bool
+    real: ComparedSet, fake: ComparedSet, network: str, s: int | None, seed: int, floor: Floor | None
 ) -> dict[str, float | int | None]:
-    """Return Frechet distance "fd" and "kid" of one network's features; if `floor`, also of two halves of the real set."""
-    a, b = real.distribution(network, s), fake.distribution(network, s)
-    row = {"fd": frechet_distance(a, b) if a and b else None, "kid": None, "kid_std": None, "kid_size": None}
+    """Return Frechet distance "fd" and "kid" of one network's features, and the metrics of `floor` if given."""
+    row = {"fd": distance_of(real.distribution(network, s), fake.distribution(network, s))}
+    row |= {"kid": None, "kid_std": None, "kid_size": None}
     x, y = real.sample(network, s), fake.sample(network, s)
     if x is not None and y is not None and min(len(x), len(y)) > 1:
         row["kid"], row["kid_std"] = kid(x, y, seed=seed)
         row["kid_size"] = kid_size(len(x), len(y))
-    if floor:
-        halves = [real.distribution(network, s, half) for half in (0, 1)]
-        row["floor"] = frechet_distance(*halves) if all(halves) else None
-        row["floor_n"] = int(real.rows(s, 0).sum())
-    return row
+    return row | (floor.metrics(real, fake, network, s) if floor else {})
 
 
 def group_metrics(
-    real: ComparedSet, fake: ComparedSet, networks: Networks, s: int | None = None, seed: int = 0, floor: bool = False
+    real: ComparedSet,
+    fake: ComparedSet,
+    networks: Networks,
+    s: int | None = None,
+    seed: int = 0,
+    floor: Floor | None = None,
 ) -> dict:
     """Return the metrics of superclass s, or of all images if None.
 
@@ -190,7 +244,7 @@ def group_metrics(
     for network in networks.features:
         values = distances(real, fake, network.name, s, seed, floor)
         if network.name == "inception":
-            row |= {"fid": values.pop("fd"), **values}
+            row |= {key.replace("fd", "fid"): value for key, value in values.items()}
         else:
             row.setdefault("features", {})[network.name] = values
     if networks.lpips:
@@ -201,13 +255,14 @@ def group_metrics(
     return row
 
 
-def overall_metrics(real: ComparedSet, fake: ComparedSet, networks: Networks) -> dict[str, float]:
+def overall_metrics(real: ComparedSet, fake: ComparedSet, networks: Networks) -> dict[str, float | str]:
     """Return the metrics that exist only overall: precision and recall of the first network, and the Inception score."""
     row = {}
     for network in networks.features[:1]:
         x, y = real.sample(network.name, limit=True), fake.sample(network.name, limit=True)
         if x is not None and y is not None and min(len(x), len(y)) > NEIGHBOURS:
             row["precision"], row["recall"] = precision_recall(x, y, NEIGHBOURS)
+            row["precision_network"] = network.name
     for suffix, each in {"": fake, "_real": real}.items():
         if each.score():
             row[f"inception_score{suffix}"], row[f"inception_score_std{suffix}"] = each.score()

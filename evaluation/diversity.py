@@ -12,8 +12,10 @@ from evaluation.metrics import (
     mean_over_weighted_pairs,
     percentile_interval,
 )
-from evaluation.plan import Plan
+from evaluation.plan import BLOCKS, Plan
 from evaluation.reduction import gather_on_main, sum_over_processes
+
+LEAST_BLOCKS = BLOCKS  # blocks for an interval of the pooled LPIPS
 
 # ---- sums over a pass ----------------------------------------------------------------------------
 
@@ -98,7 +100,9 @@ def lpips_diversity(sums: dict[str, torch.Tensor], plan: Plan, s: int | None = N
     """Return the LPIPS metrics of superclass s, or of all images if None.
 
     "lpips" is the mean over the pairs of images of a class, then over classes; "lpips_pooled" is the mean over all pairs.
-    95% intervals are bootstrapped over classes, and for the pooled mean over blocks of classes.
+    95% intervals are bootstrapped over classes, and for the pooled mean over blocks of classes. With B blocks, two of them
+    are drawn together (B - 1) / B times as often as one alone, so the pairs between blocks get the factor B / (B - 1). With
+    fewer than LEAST_BLOCKS the interval covers too little and is None.
 
     sums: `PassResult.diversity`
     """
@@ -121,7 +125,8 @@ def lpips_diversity(sums: dict[str, torch.Tensor], plan: Plan, s: int | None = N
     pooled = mean_over_weighted_pairs(n, squares, gram, torch.ones(1, len(blocks), dtype=FLOAT))
     row["lpips_pooled"] = pooled.item() if torch.isfinite(pooled) else None
     row["lpips_pooled_interval"] = None
-    if len(blocks) > 1:
-        means = mean_over_weighted_pairs(n, squares, gram, bootstrap_weights(len(blocks), seed))
-        row["lpips_pooled_interval"] = percentile_interval(means)
+    if (count := len(blocks)) >= LEAST_BLOCKS:
+        weights = bootstrap_weights(count, seed)
+        means = mean_over_weighted_pairs(n, squares, gram, weights, count / (count - 1))
+        row["lpips_pooled_interval"] = percentile_interval(means, units=count)
     return row

@@ -4,6 +4,7 @@ Images come class by class, in batches that do not depend on the number of proce
 run of batches. Sums are float64 and added over processes, so the number of processes changes only their rounding.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 
@@ -15,17 +16,24 @@ from tqdm import tqdm
 
 from evaluation.diversity import DiversitySums, select_rows
 from evaluation.features import Network
+from evaluation.image_sets import ENLARGED, UNREADABLE
 from evaluation.metrics import FLOAT, Moments, score_sums
 from evaluation.networks import Networks
 from evaluation.plan import Plan
 from evaluation.reduction import gather_on_main, merge_over_processes, sum_over_processes
+from runtime.text import shorten
+
+MUCH_MEMORY = 4e9  # bytes of a process's sums that are announced
 
 
 @dataclass
 class PassResult:
-    """The result of a pass over N images, on the main process.
+    """The result of a pass over a set of images, on the main process.
 
-    moments     {name: {(superclass, half): Moments}}; name: see `moments_name`
+    plan        of the N images that could be read
+    rows        (N,) their indices in the set
+    moments     {name: {(superclass, half): Moments}}; name: see `moments_name`. Groups of few images whose features are
+                all kept have none, see `Plan.large_groups`; ADM's spatial features have one for all images, of group None
     features    {network name: float32 (kept images, d)}, in the order of the images
     score       {network name: sums of `metrics.score_sums`}
     diversity   None without LPIPS, or "classes" (classes, 3): n, sum |f|^2 and |sum f|^2, NaN for classes without images;
@@ -33,32 +41,36 @@ class PassResult:
     correct     None without a classifier, or (2, superclasses): images classified as the right class, right superclass
     digests     (N,) int64, of the pixels, in the order of the images
     seconds     "total" and "network", of the slowest process
+    unreadable  names of the images that could not be read, which are left out
+    enlarged    number of images that were smaller than the crop
     """
 
     plan: Plan
-    moments: dict[str, dict[tuple[int, int], Moments]]
+    rows: np.ndarray
+    moments: dict[str, dict[tuple[int, int] | None, Moments]]
     features: dict[str, torch.Tensor]
     score: dict[str, torch.Tensor]
     diversity: dict[str, torch.Tensor] | None
     correct: np.ndarray | None
     digests: np.ndarray
     seconds: dict[str, float]
+    unreadable: list[str]
+    enlarged: int
 
 
 class PassSums:
-    """One process's running sums; the fields of `PassResult`, and `features` and `digests` as lists of batches."""
+    """One process's running sums; the fields of `PassResult`, and `features`, `digests` and `states` as lists of batches."""
 
     def __init__(self, images: Dataset, plan: Plan, networks: Networks, device: torch.device):
         self.images, self.plan, self.networks = images, plan, networks
         self.device = float64_device(device)
         dims = networks.output_dims(images.size, device)
-        self.moments, self.score, self.features, self.digests = {}, {}, {}, []
+        self.moments, self.score, self.features, self.digests, self.states = {}, {}, {}, [], []
         for network in networks.features:
             outputs, name = dims[network], network.name
             for key in without_logits(outputs):
-                self.moments[moments_name(name, key)] = {
-                    group: Moments(outputs[key], self.device) for group in plan.groups()
-                }
+                groups = plan.large_groups(outputs[key]) if key == "features" else [None]
+                self.moments[moments_name(name, key)] = {group: Moments(outputs[key], self.device) for group in groups}
             self.features[name] = [torch.empty(0, outputs["features"])]
             if "logits" in outputs:
                 shape = plan.split.max() + 1, outputs["logits"] + 2
@@ -68,6 +80,11 @@ class PassSums:
             self.diversity = DiversitySums(plan.block, dims[networks.lpips]["features"], self.device)
         if networks.classifier:
             self.correct = np.zeros((2, plan.parents.max() + 1))
+
+    def sum_bytes(self) -> int:
+        """Return the size of the moments and of the sums for LPIPS."""
+        moments = sum(m.scatter.nbytes for groups in self.moments.values() for m in groups.values())
+        return moments + (self.diversity.block_sums.nbytes if self.diversity else 0)
 
     def add(self, rows: np.ndarray, images: torch.Tensor):
         """Add a batch: image indices `rows` (n,), images uint8 (n, 3, size, size)."""
@@ -100,9 +117,12 @@ class PassSums:
         plan = self.plan
         groups = list(zip(plan.superclass[rows].tolist(), plan.half[rows].tolist()))
         for key in without_logits(outputs):
-            for group in sorted(set(groups)):
+            moments = self.moments[moments_name(network.name, key)]
+            if None in moments:
+                moments[None].add(outputs[key])
+            for group in sorted(set(groups) & moments.keys()):
                 mask = np.array([other == group for other in groups])
-                self.moments[moments_name(network.name, key)][group].add(select_rows(outputs[key], mask))
+                moments[group].add(select_rows(outputs[key], mask))
         self.features[network.name].append(select_rows(outputs["features"], plan.kept[rows]).float().cpu())
         if "logits" in outputs:
             score = self.score[network.name]
@@ -121,16 +141,24 @@ class PassSums:
             correct = sum_over_processes(torch.from_numpy(correct).to(self.device)).cpu().numpy()
         diversity = self.diversity and self.diversity.result()
         features = {name: torch.cat(batches) for name, batches in self.features.items()}
-        processes = gather_on_main((features, self.digests, seconds))
+        processes = gather_on_main((features, self.digests, self.states, seconds))
         if processes is None:
             return None
-        features, digests, seconds = zip(*processes)
+        features, digests, states, seconds = zip(*processes)
         # from the order of the pass back to the order of the images:
-        back = np.argsort(order[plan.kept[order]])
+        digests, states = (
+            np.concatenate([batch for batches in values for batch in batches])[np.argsort(order)]
+            for values in (digests, states)
+        )
+        lost = states == UNREADABLE
+        back = np.argsort(order[plan.kept[order] & ~lost[order]])
         features = {name: torch.cat([of_process[name] for of_process in features])[back] for name in features[0]}
-        digests = np.concatenate([batch for batches in digests for batch in batches])[np.argsort(order)]
         seconds = {key: max(of_process[key] for of_process in seconds) for key in seconds[0]}
-        return PassResult(plan, moments, features, score, diversity, correct, digests, seconds)
+        unreadable, enlarged = [self.images.name(i) for i in np.flatnonzero(lost)], int((states == ENLARGED).sum())
+        left, rows = plan.without(lost), np.flatnonzero(~lost)
+        return PassResult(
+            left, rows, moments, features, score, diversity, correct, digests[~lost], seconds, unreadable, enlarged
+        )
 
 
 def without_logits(outputs: dict) -> list[str]:
@@ -148,6 +176,15 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def check_readable(unreadable: list[str], limit: int):
+    """Raise ValueError if more than `limit` images could not be read."""
+    if len(unreadable) > limit:
+        raise ValueError(
+            f"{len(unreadable)} images cannot be read ({shorten(unreadable, str)}), expected at most {limit}: replace or "
+            "remove them, or raise --max-bad-images."
+        )
+
+
 def run_pass(
     images: Dataset,
     plan: Plan,
@@ -156,27 +193,40 @@ def run_pass(
     batch_size: int = 64,
     workers: int = 4,
     title: str = "images",
+    max_bad_images: int = 0,
 ) -> PassResult | None:
     """Run the networks over all images; return the result on the main process, None on the others.
 
     Every process calls this with the same arguments.
 
-    images: `image_sets.Pixels`, or a Dataset of (uint8 (3, size, size), int64 digest) with `.size` and `.name(i)`
+    images: `image_sets.Pixels`, or a Dataset of (uint8 (3, size, size), int64 digest, state) with `.size` and `.name(i)`
     batch_size, workers: images per batch and decoding workers, per process
     title: of the progress bar
+    max_bad_images: most images that may be unreadable; they are left out
+
+    Raises ValueError if more images are unreadable.
     """
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     batches = [plan.order[i : i + batch_size] for i in range(0, len(plan.order), batch_size)]
     own = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
     sums = PassSums(images, plan, networks, device)
+    if sums.sum_bytes() > MUCH_MEMORY and not rank:
+        print(f"{title}: the sums over superclasses take {sums.sum_bytes() / 1e9:.1f} GB per process", file=sys.stderr)
     loader = DataLoader(images, batch_sampler=own, num_workers=workers, pin_memory=device.type == "cuda")
-    seconds, start = {"total": 0.0, "network": 0.0}, time.perf_counter()
-    with tqdm(total=sum(map(len, own)), unit="image", desc=title, disable=True if rank else None, leave=False) as bar:
-        for rows, (pixels, digests) in zip(own, loader):
-            begin = time.perf_counter()
-            sums.add(rows, pixels.to(device, non_blocking=True))
+    seconds, start, unreadable = {"total": 0.0, "network": 0.0}, time.perf_counter(), []
+    with tqdm(total=sum(map(len, own)), unit="image", desc=title, disable=rank > 0, leave=False) as bar:
+        for rows, (pixels, digests, states) in zip(own, loader):
+            begin, read = time.perf_counter(), states != UNREADABLE
+            unreadable += [images.name(i) for i in rows[~read.numpy()]]
+            check_readable(unreadable, max_bad_images)
+            if read.any():
+                sums.add(rows[read.numpy()], pixels[read].to(device, non_blocking=True))
             sums.digests.append(digests.numpy())
+            sums.states.append(states.numpy())
             seconds["network"] += time.perf_counter() - begin
             bar.update(len(rows))
     seconds["total"] = time.perf_counter() - start
-    return sums.result(seconds)
+    result = sums.result(seconds)
+    if result:
+        check_readable(result.unreadable, max_bad_images)
+    return result

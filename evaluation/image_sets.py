@@ -18,9 +18,10 @@ from dataset.listing import list_images
 from evaluation.npz_sets import Arrays, npz_members
 from evaluation.saved_statistics import Statistics
 from hierarchy import Hierarchy, layouts
-from hierarchy.layouts import class_folders, is_image, is_vegfru, subfolders, visible_entries
+from hierarchy.layouts import check_unique_folders, class_folders, is_image, is_vegfru, subfolders, visible_entries
 from runtime.text import one_line, shorten
 
+SAMPLE_GRID = "grid.png"  # of sample.py, beside the class folders
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ class Folder:
     labelled    True if there are class folders
     paths       of the images, sorted by class and path, after `label`
     labels      int64 (N,) after `label`, None before
+    notes       sentences about the folder's layout, after `label`
 
     Raises ValueError if the folder is absent or has no images.
     """
@@ -40,7 +42,7 @@ class Folder:
     kind = "folder"
 
     def __init__(self, path: Path):
-        self.path, self.paths, self.labels = path, [], None
+        self.path, self.paths, self.labels, self.notes = path, [], None, []
         if not path.exists():
             raise ValueError(f"There is no {path}, expected a folder of images or an .npz file: check the path.")
         if path.is_file() and path.suffix != ".txt":
@@ -51,6 +53,9 @@ class Folder:
 
     def check_not_empty(self, paths: list[str]):
         """Raise ValueError if there are no images."""
+        beside = self.path.with_name(f"{self.path.name}.npz")
+        if not paths and beside.is_file():
+            raise ValueError(f"{self.path} has no images in it, expected some: name {beside}, which may have them.")
         if not paths:
             raise ValueError(f"{self.path} has no images in it, expected some (.png, .jpg, ...): check the path.")
 
@@ -61,8 +66,10 @@ class Folder:
     def label(self, hierarchy: Hierarchy | None):
         """Set `paths` and `labels`, all 0 if the hierarchy is None. Raises ValueError if a class folder is unknown."""
         if hierarchy is None:
-            folders = [self.path / name for name in subfolders(self.path)] if self.path.is_dir() else []
-            self.paths = [path for folder in folders for path in images_below(folder)] or images_below(self.path)
+            paths = (
+                images_below(self.path) if self.path.is_dir() else list_images(self.path, Hierarchy.load(self.path))[0]
+            )
+            self.paths = [path for path in paths if not (self.labelled and Path(path) == self.path / SAMPLE_GRID)]
             labels = np.zeros(len(self.paths))
         elif self.path.is_file() or is_vegfru(self.path):
             self.paths, labels = list_images(self.path, hierarchy)
@@ -74,7 +81,8 @@ class Folder:
 
     def add_class_folders(self, folders: list[Path], hierarchy: Hierarchy) -> list[int]:
         """Append the images of class folders to `paths`; return their labels, from the folders' names."""
-        label, labels = label_by_folder(hierarchy), []
+        check_unique_folders(folders)
+        label, labels, moved = label_by_folder(hierarchy), [], []
         for folder in folders:
             name = folder.name.split("_")[0] if hierarchy.numbered else folder.name
             if name not in label:
@@ -85,7 +93,22 @@ class Folder:
             paths = images_below(folder)
             self.paths += paths
             labels += [label[name]] * len(paths)
+            own = hierarchy.superclasses[hierarchy.parents[label[name]]]
+            if folder.parent.name in hierarchy.superclasses and folder.parent.name != own:
+                moved.append(f"{folder.name!r} of {own!r} under {folder.parent.name!r}")
+        if moved:
+            self.notes.append(
+                f"{self.path} has {len(moved)} classes under another superclass than {hierarchy.name} ({shorten(moved, str)}): "
+                "they count for the latter."
+            )
+        beside = [e.name for e in visible_entries(self.path) if is_image(e) and e.name != SAMPLE_GRID]
+        if beside:
+            self.notes.append(f"{self.path} has {len(beside):,} images beside its class folders, which are left out.")
         return labels
+
+    def keep(self, rows: np.ndarray):
+        """Keep only the images with these indices."""
+        self.paths, self.labels = [self.paths[i] for i in rows], self.labels[rows]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -147,6 +170,30 @@ def open_set(path: str | os.PathLike, trusted: bool = False) -> ImageSet:
     return Statistics(path, members, trusted) if "mu" in members else Arrays(path, members)
 
 
+def open_second(path: str | os.PathLike, fake: ImageSet, hierarchy: Hierarchy | None, seed: int) -> Folder:
+    """Open the second real set, the folder of --floor, and keep as many random images of each class as FAKE has.
+
+    Raises ValueError if it is no folder, or has fewer than 2 of these images, or if FAKE has no labels.
+    """
+    if fake.labels is None:
+        raise ValueError(f"{fake.path} holds statistics, expected images for --floor DIR to match: drop the flag.")
+    if Path(path).suffix == ".npz":
+        raise ValueError(f"--floor is {path}, expected a folder of real images: name a folder.")
+    second = Folder(Path(path))
+    second.label(hierarchy)
+    shuffled = np.random.default_rng(seed).permutation(len(second))
+    shuffled = shuffled[np.argsort(second.labels[shuffled], kind="stable")]
+    labels, starts, counts = np.unique(second.labels, return_index=True, return_counts=True)
+    rank = np.arange(len(second)) - np.repeat(starts, counts)  # place among the shuffled images of a class
+    wanted = np.bincount(fake.labels, minlength=labels.max() + 1)[second.labels]
+    second.keep(np.sort(shuffled[rank < wanted]))
+    if len(second) < 2:
+        raise ValueError(
+            f"{path} has {len(second)} images of FAKE's classes, expected at least 2: name another --floor."
+        )
+    return second
+
+
 def choose_hierarchy(spec: str | None, sets: list[ImageSet]) -> Hierarchy | None:
     """Return the hierarchy of --hierarchy, or else of the first set that defines one.
 
@@ -198,8 +245,13 @@ def check_sets(sets: list[ImageSet], hierarchy: Hierarchy | None) -> list[int]:
 # ---- pixels --------------------------------------------------------------------------------------
 
 
+READ, ENLARGED, UNREADABLE = 0, 1, 2  # states of an image
+
+
 class Pixels(Dataset):
-    """A dataset whose item i is image i, uint8 (3, size, size), and the int64 digest of its pixels.
+    """A dataset whose item i is image i, uint8 (3, size, size), the int64 digest of its pixels, and its state.
+
+    The state is READ; ENLARGED if the image is smaller than `size`; or UNREADABLE, with pixels and digest 0.
 
     crop: centre-crop the images; if False they must have this size, or reading one raises UnreadableImage, a ValueError
     """
@@ -214,8 +266,12 @@ class Pixels(Dataset):
         """Return a name of image i for messages."""
         return self.images.name(i)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        image = self.images.open(i)
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        try:
+            image = self.images.open(i)
+        except UnreadableImage:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, UNREADABLE
+        state = ENLARGED if min(image.size) < self.size else READ
         if self.crop:
             image = center_crop(image, self.size)
         elif image.size != (self.size, self.size):
@@ -225,7 +281,18 @@ class Pixels(Dataset):
             )
         pixels = np.array(image)
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-        return torch.from_numpy(pixels).permute(2, 0, 1), int.from_bytes(digest, "little", signed=True)
+        return torch.from_numpy(pixels).permute(2, 0, 1), int.from_bytes(digest, "little", signed=True), state
+
+
+def first_size(images: ImageSet) -> tuple[str, int, int]:
+    """Return name, width and height of the first readable image. Raises ValueError if the first 100 cannot be read."""
+    failure = None
+    for i in range(min(len(images), 100)):
+        try:
+            return images.name(i), *images.open(i).size
+        except UnreadableImage as error:
+            failure = failure or error
+    raise failure
 
 
 def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[int | None, list[Pixels | None]]:
@@ -240,10 +307,10 @@ def open_pixels(sets: list[ImageSet], image_size: int | None = None) -> tuple[in
     size = image_size or next((each.record.get("crop") for each in sets if each not in with_images), None)
     reference = None if size or not with_images else with_images[-1]  # the set whose first image sets the size
     if reference:
-        width, size = reference.open(0).size
+        name, width, size = first_size(reference)
         if width != size:
             raise ValueError(
-                f"{reference.name(0)} has {width} x {size} pixels, expected a square: pass --image-size to crop both sets."
+                f"{name} has {width} x {size} pixels, expected a square: pass --image-size to crop both sets."
             )
     crops = [bool(image_size) or each is sets[0] and each is not reference for each in sets]
     return size, [Pixels(each, size, crop) if each in with_images else None for each, crop in zip(sets, crops)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 
 FLOAT = torch.float64
 
@@ -161,7 +162,7 @@ def kid(
     real, fake: features (n, d) and (m, d)
     size: images per subset, default `kid_size(n, m)`
 
-    Raises ValueError if a set has fewer than 2 images or `size` is outside 2 to min(n, m).
+    Raises ValueError if a set has fewer than 2 images, `size` is outside 2 to min(n, m), or the distance overflows float64.
     """
     real, fake = check_features(real), check_features(fake)
     size = size or kid_size(len(real), len(fake))
@@ -176,7 +177,10 @@ def kid(
         x = real[draw.choice(len(real), size, replace=False)]
         within = sum(k.sum() - k.diagonal().sum() for k in (polynomial_kernel(x, x), polynomial_kernel(y, y)))
         values.append((within / (size * (size - 1)) - 2 * polynomial_kernel(x, y).mean()).item())
-    return float(np.mean(values)), float(np.std(values))
+    mean, std = float(np.mean(values)), float(np.std(values))
+    if not (np.isfinite(mean) and np.isfinite(std)):
+        raise ValueError("The kernel distance overflows float64, expected features of moderate size: scale them down.")
+    return mean, std
 
 
 def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -266,7 +270,7 @@ def mean_over_pairs(n: torch.Tensor, squares: torch.Tensor, total: torch.Tensor)
 
 
 def mean_over_weighted_pairs(
-    n: torch.Tensor, squares: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor
+    n: torch.Tensor, squares: torch.Tensor, gram: torch.Tensor, weights: torch.Tensor, cross: float = 1.0
 ) -> torch.Tensor:
     """Return R means of |f_i - f_j|^2 over all pairs of images, with block b of the images taken weights[r, b] times; (R,).
 
@@ -275,13 +279,14 @@ def mean_over_weighted_pairs(
     n, squares: (B,) images and sum |f_i|^2 of each block
     gram: (B, B) inner products of the blocks' feature sums
     weights: (R, B)
+    cross: factor of the pairs between blocks
     """
     distance = n[:, None] * squares + squares[:, None] * n - 2 * gram
     pairs = n[:, None] * n
     inner = n * squares - gram.diagonal(), n * (n - 1) / 2
     sums = []
     for outer, own in zip((distance, pairs), inner):
-        outer = outer - torch.diag(outer.diagonal())
+        outer = cross * (outer - torch.diag(outer.diagonal()))
         sums.append((weights @ outer * weights).sum(1) / 2 + weights @ own)
     return sums[0] / sums[1]
 
@@ -292,10 +297,16 @@ def bootstrap_weights(units: int, seed: int = 0, replicates: int = 1000) -> torc
     return torch.from_numpy(draws).to(FLOAT)
 
 
-def percentile_interval(values: torch.Tensor, level: float = 0.95) -> list[float] | None:
-    """Return the percentile interval [low, high] of bootstrapped values (Efron 1979); None if no value is finite."""
+def percentile_interval(values: torch.Tensor, level: float = 0.95, units: int | None = None) -> list[float] | None:
+    """Return the percentile interval [low, high] of bootstrapped values (Efron 1979); None if no value is finite.
+
+    units: number of resampled units; if given, the interval is expanded for few of them (Hesterberg, "What teachers should
+           know about the bootstrap", 2015): the normal quantile is sqrt(units / (units - 1)) times Student's
+    """
     values = values[torch.isfinite(values)]
     if len(values) == 0:
         return None
     tail = (1 - level) / 2
+    if units is not None:
+        tail = stats.norm.cdf((units / (units - 1)) ** 0.5 * stats.t.ppf(tail, units - 1)).item()
     return torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()

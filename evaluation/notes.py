@@ -3,44 +3,73 @@
 import numpy as np
 
 from evaluation.class_names import same_members
+from evaluation.comparison import ComparedSet, MeasuredSet
 from evaluation.image_sets import Folder, ImageSet
+from evaluation.networks import Networks
 from evaluation.npz_sets import Arrays
 from hierarchy import Hierarchy
 from runtime.text import shorten
 
+UNEQUAL = 0.1  # total variation distance of two sets' classes that is noted
+
 # ---- images --------------------------------------------------------------------------------------
 
 
-def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, digests: list[np.ndarray | None]) -> list[str]:
-    """Return sentences about possible problems with the images: compression, copies, missing classes.
+def image_notes(sets: list[ImageSet], hierarchy: Hierarchy | None, compared: list[ComparedSet]) -> list[str]:
+    """Return sentences about possible problems with the images: layout, reading, compression, copies, classes.
 
-    digests: (N,) of each set's pixels, None for statistics
+    compared: the sets after their passes
     """
-    notes = []
-    with_images = [(each, digest) for each, digest in zip(sets, digests) if digest is not None]
+    notes = [note for each in sets if isinstance(each, Folder) for note in each.notes]
+    with_images = [(each, measured) for each, measured in zip(sets, compared) if isinstance(measured, MeasuredSet)]
     lossy = [each for each, _ in with_images if each.count_lossy()]
     if len(with_images) == 2 and len(lossy) == 1:
         notes.append(
             f"{lossy[0].count_lossy():,} files of {lossy[0].path} have lossy compression, and none of the other set: FID is "
             "sensitive to it."
         )
-    for each, digest in with_images:
-        copies = len(digest) - len(np.unique(digest))
+    for each, measured in with_images:
+        unreadable, enlarged = measured.result.unreadable, measured.result.enlarged
+        if unreadable:
+            notes.append(
+                f"{len(unreadable):,} images of {each.path} cannot be read and are left out ({shorten(unreadable, str)})."
+            )
+        if enlarged:
+            notes.append(
+                f"{enlarged:,} images of {each.path} are smaller than {measured.size} pixels and were enlarged, which blurs them."
+            )
+        copies = len(measured.digests) - len(np.unique(measured.digests))
         if copies:
             notes.append(f"{copies:,} images of {each.path} are exact copies of other images in it.")
-        single = int((np.bincount(each.labels) == 1).sum())
+        single = int((np.bincount(measured.plan.labels) == 1).sum())
         if hierarchy and single:
             notes.append(f"{single:,} classes of {each.path} have one image: LPIPS within a class leaves them out.")
     if len(with_images) == 2:
-        (real, real_digest), (fake, fake_digest) = with_images
-        copies = int(np.isin(fake_digest, real_digest).sum())
-        if copies:
-            notes.append(f"{copies:,} images of {fake.path} are exact copies of images of {real.path}.")
-        for each, other in ((real, fake), (fake, real)):
-            missing = sorted(set(other.labels.tolist()) - set(each.labels.tolist()))
-            if missing:
-                names = shorten(hierarchy.classes[c] for c in missing)
-                notes.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
+        notes += pair_notes(*with_images, hierarchy)
+    return notes
+
+
+def pair_notes(
+    real: tuple[ImageSet, MeasuredSet], fake: tuple[ImageSet, MeasuredSet], hierarchy: Hierarchy | None
+) -> list[str]:
+    """Return sentences about differences between two sets of images: copies, missing classes, shares of classes."""
+    notes, labels = [], [measured.plan.labels for _, measured in (real, fake)]
+    copies = int(np.isin(fake[1].digests, real[1].digests).sum())
+    if copies:
+        notes.append(f"{copies:,} images of {fake[0].path} are exact copies of images of {real[0].path}.")
+    for (each, _), (other, _), here, there in ((real, fake, *labels), (fake, real, *labels[::-1])):
+        missing = sorted(set(there.tolist()) - set(here.tolist()))
+        if missing:
+            names = shorten(hierarchy.classes[c] for c in missing)
+            notes.append(f"{each.path} has no images of {len(missing):,} classes of {other.path} ({names}).")
+    classes = max(map(max, labels)) + 1
+    shares = [np.bincount(each, minlength=classes) / len(each) for each in labels]
+    moved = abs(shares[0] - shares[1]).sum() / 2
+    if hierarchy and moved > UNEQUAL:
+        notes.append(
+            f"The classes have other shares in {fake[0].path} than in {real[0].path}: {moved:.0%} of the images would have to "
+            "change their class, and overall metrics compare the shares too."
+        )
     return notes
 
 
@@ -94,3 +123,43 @@ def classifier_notes(overall: dict, hierarchy: Hierarchy | None) -> list[str]:
         f"The classifier finds the class of {found:.1%} of the real images, and chance of {1 / hierarchy.num_classes:.1%}: its "
         "classes may be in another order, which a file of their names beside it would settle."
     ]
+
+
+def bias_notes(rows: dict[str, dict], compared: list[ComparedSet], networks: Networks) -> list[str]:
+    """Return a sentence for each network with more features than some row has images.
+
+    rows: {"overall" or superclass: metrics}
+    """
+    notes = []
+    for network in networks.features:
+        width = compared[0].width(network.name)
+        counts = {name: (row["n_real"], row["n_fake"]) for name, row in rows.items()}
+        few = [name for name, both in counts.items() if any(n is not None and n < width for n in both)]
+        if few:
+            has_kid = all(isinstance(each, MeasuredSet) for each in compared)
+            notes.append(
+                f"{len(few)} {'row has' if len(few) == 1 else 'rows have'} fewer than {width:,} images, the features of "
+                f"{network.name} ({shorten(few)}): the covariance is singular and much of the Frechet distance is bias"
+                f"{', read KID instead' if has_kid else ''}."
+            )
+    return notes
+
+
+def floor_notes(
+    second: MeasuredSet | None, images: ImageSet, real: ComparedSet, fake: ComparedSet, path: str
+) -> list[str]:
+    """Return sentences about the second set of real images, at `path`: too few images, copies of REAL.
+
+    images, real: REAL before and after its pass
+    """
+    if second is None:
+        return []
+    notes, copies = [], 0 if real.digests is None else int(np.isin(second.digests, real.digests).sum())
+    if second.n(None) < fake.n(None):
+        notes.append(
+            f"The floor is of {second.n(None):,} images of {path}, which has fewer than FAKE in some classes: with as many it "
+            "would be lower."
+        )
+    if copies:
+        notes.append(f"{copies:,} images of {path} are exact copies of images of {images.path}: the floor is too low.")
+    return notes

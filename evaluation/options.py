@@ -11,8 +11,11 @@ from runtime.files import nearest_existing
 
 EXAMPLES = """
 torchrun --nproc_per_node=8 evaluate.py inat/val samples/NAME --hierarchy inat2021 --output evaluation
-python evaluate.py pets/val samples.npz --hierarchy pets/train --inception inception.pth --floor --output evaluation
+python evaluate.py pets/val samples.npz --hierarchy pets/train --inception inception.pth --floor pets/test --output evaluation
 """
+
+
+HALVES = "halves"  # --floor without a folder
 
 
 def parse_args(description: str) -> argparse.Namespace:
@@ -25,7 +28,10 @@ def parse_args(description: str) -> argparse.Namespace:
         ("output", add_output_flags),
     ):
         add_flags(parser.add_argument_group(title).add_argument)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.floor not in (None, HALVES) and not args.fake:  # "--floor REAL FAKE" is "REAL FAKE --floor"
+        args.real, args.fake, args.floor = args.floor, args.real, HALVES
+    return args
 
 
 # ---- flags; `add` is the `add_argument` of a group -----------------------------------------------
@@ -47,6 +53,11 @@ def add_data_flags(add: Callable):
     add("--trust-stats", action="store_true", help="accept statistics that do not say how they were made")
     add("--batch-size", type=int, default=64, help="images per forward pass, for each process")
     add("--num-workers", type=int, default=4, help="workers that decode and crop images, for each process")
+    add(
+        "--max-bad-images",
+        type=int,
+        help="unreadable images of a set that may be left out; if not given, 1 in 100, and at least 1",
+    )
 
 
 def add_network_flags(add: Callable):
@@ -91,7 +102,14 @@ def add_protocol_flags(add: Callable):
         default="tf1",
         help="resize to Inception's 299 pixels, as in TensorFlow 1, pytorch-fid or clean-fid",
     )
-    add("--floor", action="store_true", help="also compute the Frechet distance between two halves of the real set")
+    add(
+        "--floor",
+        nargs="?",
+        const=HALVES,
+        metavar="DIR",
+        help="also compute the Frechet distance between real images: REAL and as many images of DIR, a second folder of real "
+        "images, as FAKE has; or, without DIR, two halves of REAL, and of FAKE at their size",
+    )
     add(
         "--keep-features",
         choices=["auto", "all", "sample"],
@@ -123,7 +141,14 @@ def add_output_flags(add: Callable):
 
 def check_settings(args: argparse.Namespace):
     """Raise ValueError if a flag is out of range, flags contradict each other, or an output cannot be written."""
-    check_range(args, image_size=(1, 2**14), seed=(0, 2**32 - 1), batch_size=(1, 10**6), num_workers=(0, 10**3))
+    check_range(
+        args,
+        image_size=(1, 2**14),
+        seed=(0, 2**32 - 1),
+        batch_size=(1, 10**6),
+        num_workers=(0, 10**3),
+        max_bad_images=(0, 10**9),
+    )
     files = list(filter(None, (args.save_stats, args.save_adm)))
     for path in files:
         if Path(path).suffix != ".npz":

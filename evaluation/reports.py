@@ -19,16 +19,13 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
     candidates = [
         ("real", lambda row: row["n_real"], "{:,}"),
         ("fake", lambda row: row["n_fake"], "{:,}"),
-        ("FID", lambda row: row.get("fid"), "{:.3f}"),
-        ("floor", lambda row: row.get("floor"), "{:.3f}"),
-        ("KID x 1000", lambda row: scaled_kid(row), "{:.2f} ± {:.2f}"),
+        *distance_columns("FID", "floor", "KID x 1000", "fid", lambda row: row, ("{:.3f}", "{:.2f} ± {:.2f}")),
     ]
     for name in report["overall"].get("features", {}):
-        candidates += [
-            (f"FD {name}", lambda row, name=name: row["features"][name]["fd"], "{:.4g}"),
-            (f"floor {name}", lambda row, name=name: row["features"][name].get("floor"), "{:.4g}"),
-            (f"KID x 1000 {name}", lambda row, name=name: scaled_kid(row["features"][name]), "{:.4g} ± {:.2g}"),
-        ]
+        titles = f"FD {name}", f"floor {name}", f"KID x 1000 {name}"
+        candidates += distance_columns(
+            *titles, "fd", lambda row, name=name: row["features"][name], ("{:.4g}", "{:.4g} ± {:.2g}")
+        )
     candidates += [
         ("LPIPS", lambda row: row.get("lpips"), "{:.3f}"),
         ("real LPIPS", lambda row: row.get("lpips_real"), "{:.3f}"),
@@ -41,6 +38,23 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
     ]
     rows = rows_of(report).values()
     return [column for column in candidates if any(column[1](row) is not None for row in rows)]
+
+
+def distance_columns(
+    title: str, floor: str, kid: str, key: str, values: Callable[[dict], dict], formats: tuple[str, str]
+) -> list[tuple[str, Callable[[dict], object], str]]:
+    """Return the columns of one network's distances.
+
+    title, floor, kid: titles; key: of the Frechet distance; values: from a row to the network's part of it
+    formats: of the Frechet distances and of KID
+    """
+    return [
+        (title, lambda row: values(row).get(key), formats[0]),
+        ("floor n", lambda row: values(row).get("floor_n"), "{:,}"),
+        (floor, lambda row: values(row).get("floor"), formats[0]),
+        (f"{title} at floor n", lambda row: values(row).get(f"{key}_at_floor_n"), formats[0]),
+        (kid, lambda row: scaled_kid(values(row)), formats[1]),
+    ]
 
 
 def scaled_kid(values: dict) -> tuple[float, float] | None:
@@ -72,7 +86,10 @@ def remarks(report: dict) -> list[str]:
     warnings = [f"NOT COMPARABLE with published metrics: {reason}." for reason in report["not_comparable"]]
     overall, metrics = report["overall"], []
     if overall.get("precision") is not None:
-        metrics.append(f"Precision {overall['precision']:.3f}, recall {overall['recall']:.3f}.")
+        metrics.append(
+            f"Precision {overall['precision']:.3f}, recall {overall['recall']:.3f}, on the features of "
+            f"{overall['precision_network']}."
+        )
     if overall.get("inception_score") is not None:
         metrics.append(f"Inception score {overall['inception_score']:.2f} ± {overall['inception_score_std']:.2f}.")
     for key, title in (("lpips", "LPIPS within a class"), ("lpips_pooled", "LPIPS pooled")):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**defaults | options)
 
     def error(self, message: str):
+        if int(os.environ.get("RANK", 0)):  # the first process of torchrun says it
+            raise SystemExit(2)
         raise ValueError(f"{message} (see --help).")
 
 

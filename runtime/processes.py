@@ -36,6 +36,39 @@ def ask_main(state: PartialState | Accelerator, question: Callable[[], object]) 
     return answer[0]
 
 
+def agree(state: PartialState, action: Callable, *arguments) -> object:
+    """Return `action(*arguments)`, called by every process; if it raises ValueError or OSError in one, all of them end.
+
+    The first process that failed raises its error, the others exit with code 2, so that the user sees one sentence.
+    """
+    failure, result = None, None
+    try:
+        result = action(*arguments)
+    except (ValueError, OSError) as error:
+        failure = error
+    failed = [failure is not None] * state.num_processes
+    if state.num_processes > 1:
+        torch.distributed.all_gather_object(failed, failure is not None)
+    if not any(failed):
+        return result
+    if failure and failed.index(True) == state.process_index:
+        raise failure
+    keep_process_group()
+    raise SystemExit(2)
+
+
+def agree_on_main(state: PartialState, action: Callable, *arguments) -> object:
+    """Return `action(*arguments)` on the main process, None elsewhere; if it fails, all processes end as in `agree`."""
+    return agree(state, lambda: action(*arguments) if state.is_main_process else None)
+
+
+def agree_in_turns(state: PartialState, action: Callable, *arguments) -> object:
+    """Do the same as `agree`, on the first process of each node before the others, so that one process downloads."""
+    first = state.is_local_main_process
+    result = agree(state, lambda: action(*arguments) if first else None)
+    return agree(state, lambda: result if first else action(*arguments))
+
+
 def attempt_store() -> dict:
     """Return options of `init_process_group` that keep each attempt of torchrun apart from the attempts before.
 

@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import image_sets
 from helpers.image_sets import NO_NETWORKS, read_pixels, run, save_npz
+from helpers.launch import launch
 from helpers.refusals import ODD, ROW, refused, write_png
 from helpers.tiny_files import CLASSES, tree
 from PIL import Image
@@ -58,11 +60,14 @@ FOLDERS = {  # name: (change to the copy of `fake`, words of the sentence)
         ["no images of 1 superclasses", "'dogs'", "both sets"],
     ),
     "an unknown class": (lambda fake: (fake / "dogs/pug").rename(fake / "dogs/wolf"), ["'wolf'", "--hierarchy"]),
-    "an unreadable image": (
-        lambda fake: overwrite(fake / "cats/lynx/2.png"),
-        ["Cannot read image", "2.png", "replace"],
+    "unreadable images": (
+        lambda fake: [overwrite(fake / f"cats/lynx/{i}.png") for i in (0, 2)],
+        ["2 images cannot be read (", "lynx/0.png", "lynx/2.png), expected at most 1: replace", "--max-bad-images"],
     ),
-    "an empty image": (lambda fake: overwrite(fake / "cats/lynx/2.png", b""), ["Cannot read image", "2.png"]),
+    "no readable image": (
+        lambda fake: [overwrite(path) for path in fake.glob("*/*/*")],
+        ["Cannot read image", "0.png"],
+    ),
     "images of two sizes": (
         lambda fake: Image.new("RGB", (44, 40)).save(fake / "dogs/pug/1.png"),
         ["pug/1.png has 44 x 40 pixels", "expected 40 x 40", "--image-size"],
@@ -72,10 +77,13 @@ FOLDERS = {  # name: (change to the copy of `fake`, words of the sentence)
         ["lynx/0.png has 44 x 40 pixels", "expected a square"],
     ),
     "an image of 400 million pixels": (
-        lambda fake: write_png(fake / "cats/lynx/2.png", 20_000, 20_000, depth=1),
-        ["Cannot read image", "2.png", "400000000 pixels"],
+        lambda fake: [write_png(fake / f"cats/lynx/{i}.png", 20_000, 20_000, depth=1) for i in (2, 3)],
+        ["2 images cannot be read (", "2.png"],
     ),
-    "HTML": (lambda fake: overwrite(fake / "cats/lynx/2.png", b"<!DOCTYPE html>"), ["Cannot read image", "2.png"]),
+    "a class under two superclasses": (
+        lambda fake: shutil.copytree(fake / "cats/lynx", fake / "dogs/lynx"),
+        ["Class 'lynx' is in", "cats and in", "dogs: rename one"],
+    ),
     "a file": (lambda fake: (shutil.rmtree(fake), fake.touch()), ["is a file, expected a folder of images"]),
     "no settings": (lambda fake: (fake / "settings.json").write_text("{"), ["settings.json is not JSON"]),
     "half sampled": (
@@ -118,8 +126,40 @@ def test_weights_of_another_hash_are_refused(sets, command, tmp_path, monkeypatc
 def test_an_unreadable_image_in_a_worker_is_refused(sets, command, tmp_path):
     shutil.copytree(sets / "fake", tmp_path / "fake")
     overwrite(tmp_path / "fake/cats/lynx/2.png")
-    flags = ("--num-workers", 1, *NO_NETWORKS[2:], "--features", sets / "tiles.pt")
-    assert_refused(command, tmp_path, ["Cannot read image", "2.png"], sets / "real", tmp_path / "fake", *flags)
+    flags = ("--num-workers", 1, *NO_NETWORKS[2:], "--features", sets / "tiles.pt", "--max-bad-images", 0)
+    words = ["1 images cannot be read (", "2.png), expected at most 0"]
+    assert_refused(command, tmp_path, words, sets / "real", tmp_path / "fake", *flags)
+
+
+@pytest.mark.reliability(*ODD)
+def test_an_unreadable_image_is_left_out(sets, command, tmp_path):
+    """The metrics are those without its file, also if it would set the size of the images."""
+    for name in ("fake", "without"):
+        shutil.copytree(sets / "fake", tmp_path / name)
+    overwrite(tmp_path / "fake/cats/lynx/0.png", b"<!DOCTYPE html>")
+    (tmp_path / "without/cats/lynx/0.png").unlink()
+    both = []
+    for name in ("fake", "without"):
+        flags = (
+            *NO_NETWORKS,
+            "--features",
+            sets / "tiles.pt",
+            "--classifier",
+            sets / "classifier.pt",
+            "--batch-size",
+            7,
+        )
+        result, found = run(command, tmp_path / f"{name} out", sets / "real", tmp_path / name, *flags)
+        assert result.code == 0 and found["overall"]["n_fake"] == 19, result.err
+        both.append(found)
+    found, expected = both
+    rows = [(report["overall"], *report["superclasses"].values()) for report in both]
+    for a, b in zip(*rows):
+        assert a["top1"] == b["top1"] and a["superclass_accuracy"] == b["superclass_accuracy"]
+        assert a["features"]["tiles"]["fd"] == pytest.approx(b["features"]["tiles"]["fd"], rel=1e-9)
+    name = str(tmp_path / "fake/cats/lynx/0.png")
+    assert found["fake"]["unreadable"] == [name] and found["real"]["unreadable"] == []
+    assert any(f"1 images of {tmp_path}/fake cannot be read and are left out ({name})" in n for n in found["notes"])
 
 
 @pytest.mark.reliability(*ROW)
@@ -231,6 +271,7 @@ def test_damaged_npz_files_are_refused(sets, command, tmp_path):
     "flags, words",
     [
         (("--batch-size", 0), ["--batch-size is 0, expected 1"]),
+        (("--max-bad-images", -1), ["--max-bad-images is -1, expected 0"]),
         (("--seed", 2**64), ["--seed is", "expected 0"]),
         (("--image-size", -1), ["--image-size is -1"]),
         (("--save-stats", "stats.txt"), ["stats.txt", "ends in .npz"]),
@@ -245,6 +286,16 @@ def test_damaged_npz_files_are_refused(sets, command, tmp_path):
 )
 def test_bad_flags_are_refused(sets, command, tmp_path, flags, words):
     assert_refused(command, tmp_path, words, sets / "real", sets / "fake", *NO_NETWORKS, *flags)
+
+
+@pytest.mark.reliability(*ROW)
+@pytest.mark.parametrize("flags", [("--inception", "nowhere.pth"), ("--batch-size", 0), ("--no-such-flag",)])
+def test_on_two_processes_one_of_them_says_what_is_wrong(sets, tmp_path, flags):
+    flags = (sets / "real", sets / "fake", *NO_NETWORKS, "--features", sets / "tiles.pt", *flags)
+    assert launch(evaluate.main, flags, tmp_path, world=2, patience=30) == {0: 2, 1: 2}
+    first, other = (SimpleNamespace(code=2, err=(tmp_path / f"err{rank}").read_text()) for rank in (0, 1))
+    refused(first, str(flags[-1]) if flags[-1] != 0 else "--batch-size is 0")
+    assert other.err == ""
 
 
 @pytest.mark.reliability(*ROW)
@@ -271,6 +322,11 @@ def test_contradictory_flags_are_refused(sets, command, tmp_path):
     assert_refused(
         command, tmp_path, ["12 classes, expected the 5"], real, sets / "fake", *NO_NETWORKS, "--classifier", tiles
     )
+    halves = (tmp_path / "stats.npz", sets / "fake", "--trust-stats", "--hierarchy", "none", "--floor")
+    assert_refused(command, tmp_path, ["holds statistics, expected images to halve for --floor"], *halves)
+    both = (real, sets / "fake", *NO_NETWORKS, "--features", tiles, "--floor")
+    assert_refused(command, tmp_path, ["--floor is", "expected a folder"], *both, tmp_path / "stats.npz")
+    assert_refused(command, tmp_path, ["There is no", "expected a folder"], *both, tmp_path / "nowhere")
     flat = (real, sets / "fake", *NO_NETWORKS, "--classifier", classifier, "--hierarchy", "none")
     assert_refused(command, tmp_path, ["no classes", "drop the flag"], *flat)
     shutil.copy(tiles, tmp_path / "inception.pt")
@@ -328,6 +384,12 @@ def test_notes_about_the_images(sets, command, tmp_path):
     for name in ("real", "fake"):
         shutil.copytree(sets / name, tmp_path / name)
     shutil.copy(tmp_path / "fake/cats/lynx/0.png", tmp_path / "fake/cats/lynx/copy.png")
+    shutil.copytree(tmp_path / "fake/dogs/pug_dog", tmp_path / "fake/cats/pug_dog")
+    shutil.rmtree(tmp_path / "fake/dogs/pug_dog")
+    for name in ("real/1.png", "fake/grid.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    small = Image.open(tmp_path / "real/dogs/beagle/0.png").resize((30, 30))
+    small.save(tmp_path / "real/dogs/beagle/0.png")
     shutil.rmtree(tmp_path / "fake/dogs/pug")
     for i in (1, 2, 3):
         (tmp_path / f"fake/cats/manx/{i}.png").unlink()
@@ -344,6 +406,11 @@ def test_notes_about_the_images(sets, command, tmp_path):
         "1 images of .*fake are exact copies of images of .*real",
         r"fake has no images of 1 classes of .*real \('pug'\)",
         "1 classes of .*fake have one image",
+        "fake has 1 classes under another superclass than real \\('pug_dog' of 'dogs' under 'cats'\\)",
+        "real has 1 images beside its class folders",
+        "1 images of .*real are smaller than 40 pixels and were enlarged",
+        "The classes have other shares in .*fake than in .*real: 3.% of the images",
+        "2 rows have fewer than 12 images, the features of tiles \\('cats', 'dogs'\\)",
     ):
         assert any(re.search(words, note) for note in found["notes"]), (words, found["notes"])
     assert all(note in result.out for note in found["notes"])

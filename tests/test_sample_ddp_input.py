@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import sampling_runs
+from helpers.launch import launch
 from helpers.refusals import ODD, ROW, refused
 from helpers.sampling_runs import NAMES, files
 from helpers.tiny_files import tree
@@ -83,11 +84,23 @@ def test_more_processes_than_images(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_refusal_reaches_every_process(run, tmp_path):
+@pytest.mark.reliability(*ROW)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), "x holds files but no settings.json"),
+        (("--ckpt", "nowhere.pt"), "nowhere.pt"),
+        (("--cfg-scale", "nan"), "--cfg-scale is nan"),
+        (("--colour",), "unrecognized arguments: --colour"),
+    ],
+)
+def test_on_two_processes_one_of_them_says_what_is_wrong(adapter, tmp_path, flags, words):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/other.txt").touch()
-    assert run("x", world=2) == 2
-    assert "holds files but no settings.json" in (tmp_path / "err0").read_text()
+    flags = ("--ckpt", adapter, "--sample-dir", tmp_path, "--name", "x", *flags)
+    assert launch(sample_ddp.main, flags, tmp_path, world=2, patience=30) == {0: 2, 1: 2}
+    refused(SimpleNamespace(code=2, err=(tmp_path / "err0").read_text()), words)
+    assert (tmp_path / "err1").read_text() == ""
 
 
 @pytest.mark.reliability(*ROW)
