@@ -11,5 +11,5 @@ plan, reduction, diversity          parts of the pass over a set of images
 image_pass                          the pass
 comparison                          the metrics of two sets
 notes                               sentences about possible problems
-reports                             tables and files
+bars, reports                       figure, tables and files
 """

@@ -1,4 +1,4 @@
-"""The report of an evaluation as a table for the terminal, Markdown, CSV, JSON and a bar figure."""
+"""The report of an evaluation: a table for the terminal, and its files."""
 
 import csv
 import io
@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from evaluation.bars import bar_figure
 from runtime.files import atomic_write
 from runtime.text import markdown_table
 
@@ -24,7 +23,7 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
     for name in report["overall"].get("features", {}):
         titles = f"FD {name}", f"floor {name}", f"KID x 1000 {name}"
         candidates += distance_columns(
-            *titles, "fd", lambda row, name=name: row["features"][name], ("{:.4g}", "{:.4g} ± {:.2g}")
+            *titles, "fd", lambda row, name=name: row["features"][name], ("{:.4g}", "{:.4g} ± {:.4g}")
         )
     candidates += [
         ("LPIPS", lambda row: row.get("lpips"), "{:.3f}"),
@@ -138,24 +137,6 @@ def csv_text(report: dict) -> str:
     return file.getvalue()
 
 
-def bar_figure(report: dict) -> Figure:
-    """Draw bars by superclass for every column with one value per row, except the counts."""
-    shown = [column for column in columns(report)[2:] if "±" not in column[2]]
-    rows = rows_of(report)
-    figure = Figure(figsize=(3 + 2.2 * len(shown), 1.5 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0] if shown else []
-    for axis, (title, get, _) in zip(axes, shown):
-        values = [get(row) or 0 for row in rows.values()]
-        axis.barh(list(rows), values, color=["#4477aa"] * (len(rows) - 1) + ["#222222"])
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
-    if len(axes):
-        axes[0].invert_yaxis()
-    if not report["comparable"]:
-        figure.suptitle("not comparable with published metrics", fontsize=9, color="#aa3333")
-    return figure
-
-
 def write_report(folder: Path, report: dict):
     """Write metrics.json, metrics.md, metrics.csv and superclasses.png, each atomically."""
     texts = {
@@ -166,4 +147,4 @@ def write_report(folder: Path, report: dict):
     for name, text in texts.items():
         atomic_write(folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
     figure = bar_figure(report)
-    atomic_write(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=120, format="png"))
+    atomic_write(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=200, format="png"))
