@@ -70,7 +70,7 @@ def damage(kind, path):
     path.write_bytes({"cut": content[:-9], "empty": b"", "html": b"<!DOCTYPE html>"}.get(kind, content))
 
 
-@pytest.mark.reliability("R8", "sample_ddp.py on 1 to 4 processes, killed at operations of files, with damaged files")
+@pytest.mark.reliability("R8", "sample_ddp.py on 1 to 4 processes, killed at file operations, with damaged files")
 def test_kills_and_damage_leave_no_trace(run, tmp_path, cases, figure):
     """37 images on 1 to 4 processes, kills at file operations, 5 damaged files: identical files, exactly N."""
     many = "--num-fid-samples", 37, "--num-sampling-steps", 2
@@ -101,7 +101,7 @@ def test_kills_and_damage_leave_no_trace(run, tmp_path, cases, figure):
         all(f"{path} is damaged and will be sampled again." in said for path in damaged) and said.count("damaged") == 5
     )
     assert files(tmp_path, "tried") == reference
-    figure(f"{deaths} kills in {lives} lives, 5 damaged files: 37 identical PNGs and the npz")
+    figure(f"{deaths} kills in {lives} starts, 5 damaged files: 37 identical PNGs and the npz")
 
 
 def test_a_finished_run_is_checked_and_not_changed(here, tmp_path, monkeypatch):

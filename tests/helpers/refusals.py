@@ -5,7 +5,7 @@ import struct
 import zlib
 
 ROW = "R9", "bad input: one line on stderr, exit code 2, no traceback, nothing changed on disk"
-ODD = "R9", "odd input that is answered: as described"
+ODD = "R9", "unusual input that is accepted: as described"
 
 
 def refused(result, *words):

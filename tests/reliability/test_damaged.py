@@ -103,7 +103,12 @@ class Case:
 def described(model="tiny", **changes):
     about = dict(image_size=64, latent_size=8, channels=4, vae="mse", method="finediffusion", embedder="tiered")
     about |= dict(
-        model=model, hierarchy=THREE_PETS, data="abc", settings=dict.fromkeys(DECISIVE_FLAGS) | {"ema_warmup": 0}, base=None, step=7
+        model=model,
+        hierarchy=THREE_PETS,
+        data="abc",
+        settings=dict.fromkeys(DECISIVE_FLAGS) | {"ema_warmup": 0},
+        base=None,
+        step=7,
     )
     return ModelDescription(**about | changes)
 
@@ -219,7 +224,7 @@ def test_a_changed_file_is_noticed(whole, cases, figure):
     figure(f"{found.total():,} of {count:,} detected: " + ", ".join(f"{n} {way}" for way, n in sorted(found.items())))
 
 
-@pytest.mark.reliability("R3", "a changed training state: the one before is used")
+@pytest.mark.reliability("R3", "a changed training state: the one before it is used")
 def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
     count, chance = cases(15, full=300), random.Random(1)
     newest, before = state(tmp_path / "8.safetensors", seed=1, step=8), state(tmp_path / "7.safetensors")
@@ -266,18 +271,18 @@ def noticed_or_harmless(case, values, count, chance):
 def test_changed_statistics_are_noticed(whole, cases, figure):
     count = cases(30, full=500)
     noticed, harmless = noticed_or_harmless(whole["statistics"], read_statistics, count, random.Random(2))
-    figure(f"{noticed} of {count} refused, {harmless} without any effect on a number, 0 others")
+    figure(f"{noticed} of {count} refused, {harmless} without effect on any value, 0 others")
     assert noticed > count / 2
 
 
-@pytest.mark.reliability("R3", "changed checkpoints of others (.pt), of which no hash is known")
+@pytest.mark.reliability("R3", "changed third-party checkpoints (.pt) without a known hash")
 def test_changed_checkpoints_of_others_are_noticed(whole, cases, figure):
     def values(path):
         return {name: tensor.numpy().tobytes() for name, tensor in read_weights(path)[0].items()}
 
     count = cases(30, full=500)
     noticed, harmless = noticed_or_harmless(whole["base"], values, count, random.Random(3))
-    figure(f"{noticed} of {count} refused, {harmless} without any effect on a number, 0 others")
+    figure(f"{noticed} of {count} refused, {harmless} without effect on any value, 0 others")
     assert noticed > count / 2
 
 

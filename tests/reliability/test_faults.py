@@ -1,4 +1,4 @@
-"""Training that is killed anywhere, or whose disk fails, goes on to the numbers of the unbroken run, bit for bit."""
+"""Training that is killed anywhere, or whose disk fails, resumes to the values of an uninterrupted run, bit for bit."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def a_kill(draw, world, steps, seconds):
     return {"prepare": lambda rank: rank == victim and die_in_step(count)}
 
 
-@pytest.mark.reliability("R1", "training killed by signal 9 at random moments and started again, on 1 and 2 processes")
+@pytest.mark.reliability("R1", "training killed by signal 9 at random moments and restarted, on 1 and 2 processes")
 @pytest.mark.parametrize("world, short", [(1, 3), (2, 2)])
 def test_kills_at_random_moments(world, short, run, cases, figure):
     wanted, steps, draw, folder = cases(short, full=25), 20, random.Random(world), run.root / f"killed{world}"
@@ -95,7 +95,8 @@ def test_kills_at_random_moments(world, short, run, cases, figure):
             finished += 1
     processes = f"{world} process{'es' * (world > 1)}"
     figure(
-        f"{processes}: {kills} kills in {starts} starts, {finished} of {finished} runs ended with the unbroken one's bits"
+        f"{processes}: {kills} kills in {starts} starts, {finished} of {finished} runs ended with the bits of an uninterrupted "
+        "run"
     )
 
 
@@ -225,7 +226,7 @@ def struck(run, saving, moment, world, deadly):
     return codes, said
 
 
-@pytest.mark.reliability("R2", "after each operation of a save: a state that loads, and no file that is not whole")
+@pytest.mark.reliability("R2", "after each file operation of a save: a state that loads, and no incomplete file")
 def test_each_operation_of_a_save_leaves_a_state(run, saving, figure):
     names = [operation[0] for operation in saving.operations]
     kinds = Counter(names)  # of the grid, the adapter and the state; the state before is removed
@@ -243,7 +244,7 @@ def test_each_operation_of_a_save_leaves_a_state(run, saving, figure):
 
 
 @pytest.mark.reliability(
-    "R2", "dying at an operation of a save or within what it writes: the run goes on to the same bits"
+    "R2", "killed at a file operation of a save or in the middle of a write: the run resumes to the same bits"
 )
 def test_dying_in_a_save(run, saving, cases, figure):
     moments = [(number, None) for number in range(len(saving.operations))]
@@ -256,7 +257,7 @@ def test_dying_in_a_save(run, saving, cases, figure):
 
 
 @pytest.mark.reliability(
-    "R2", "an operation of a save that fails: a sentence, code 2, and the run goes on to the same bits"
+    "R2", "a failed file operation during a save: one sentence, code 2, and the run resumes to the same bits"
 )
 def test_failing_in_a_save(run, saving, cases, figure):
     moments = [(number, None) for number in range(len(saving.operations) - 1)]
@@ -318,7 +319,7 @@ def workers_of(process, before):
     return [number for number in running("-P", str(process.pid), "-f", "train.py") if number not in before]
 
 
-@pytest.mark.reliability("R5", "signals to torchrun with 2 processes: saved, at most one step lost, no orphan")
+@pytest.mark.reliability("R5", "signals to torchrun with 2 processes: saved, at most one step lost, no process left")
 def test_signals_to_torchrun(run, cases, figure):
     signals, draw, folder, step = ("SIGUSR1", "SIGTERM", "SIGINT", "SIGUSR2"), random.Random(0), run.root / "asked", 0
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -340,7 +341,7 @@ def test_signals_to_torchrun(run, cases, figure):
     for name in ("asked", "never asked"):
         assert worst(run(name, step + 2, *seldom, world=2)) == 0
     assert not differences(folder, outcome(run.root / "never asked"))
-    figure(f"{count} of {count}; the run goes on to the bits of one that was never asked")
+    figure(f"{count} of {count}; the run resumes to the bits of an uninterrupted run")
 
 
 def test_an_error_nobody_foresaw_ends_the_process(run):
@@ -372,4 +373,4 @@ def test_lost_workers(run, cases, figure):
             assert process.wait(timeout=120) == 0, (run.root / "said").read_text()[-3000:]
         assert not differences(folder, expected)
         launches += 1
-    figure(f"{lost} workers lost in {launches} launches, {launches} of {launches} with the undisturbed one's bits")
+    figure(f"{lost} workers lost in {launches} launches, {launches} of {launches} with the bits of an undisturbed run")

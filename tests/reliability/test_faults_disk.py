@@ -167,7 +167,7 @@ def numbers(tensors):
     return ((key, tensor.numpy().tobytes()) for key, tensor in tensors.items())
 
 
-@pytest.mark.reliability("R12", "train.py, 1 and 2 ranks, on a full disk: last state intact, code 2, and it goes on")
+@pytest.mark.reliability("R12", "train.py, 1 and 2 ranks, on a full disk: last state intact, code 2, and it resumes")
 def test_training_on_a_full_disk(run, whole, disk, cases, figure):
     count, draw, rooms = cases(3, full=10), random.Random(0), []
     for case in range(count):
@@ -204,7 +204,9 @@ def grown(disk):
     return dict(prepare=prepare, **PATIENT)
 
 
-@pytest.mark.reliability("R12", "sample_ddp.py, 1 and 2 ranks, on a disk that fills up: no half file, and it goes on")
+@pytest.mark.reliability(
+    "R12", "sample_ddp.py, 1 and 2 ranks, on a disk that fills up: no incomplete file, and it resumes"
+)
 def test_sampling_on_a_full_disk(adapter, tmp_path, disk, cases, figure):
     if disk.limited:
         pytest.skip("nothing can be mounted here, and all its files are small")
@@ -231,7 +233,9 @@ def test_sampling_on_a_full_disk(adapter, tmp_path, disk, cases, figure):
     figure(f"{count} of {count} budgets")
 
 
-@pytest.mark.reliability("R12", "tools.encode_latents on a disk that fills up: nothing taken for whole, and it goes on")
+@pytest.mark.reliability(
+    "R12", "tools.encode_latents on a disk that fills up: nothing incomplete is accepted, and it resumes"
+)
 def test_encoding_on_a_full_disk(images, tmp_path, disk, cases, figure, monkeypatch):
     monkeypatch.setattr(encode_latents, "CHUNK", 2)
     flags = "--vae", "none", "--image-size", 8, "--num-workers", 0, "--data-path", images, "--out"
@@ -262,7 +266,7 @@ def check_left_alone(run, folder, world, words, **options):
     assert tree(folder.parent) == before
 
 
-@pytest.mark.reliability("R12", "results on a file system that is read-only: code 2, nothing changed")
+@pytest.mark.reliability("R12", "results on a read-only file system: code 2, nothing changed")
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_read_only_file_system(world, run, whole, tmp_path):
     results = tmp_path / "results"
@@ -274,7 +278,7 @@ def test_a_read_only_file_system(world, run, whole, tmp_path):
             check_left_alone(run, path / name, world, "Read-only file system")
 
 
-@pytest.mark.reliability("R12", "a results folder without permission to write: code 2, nothing changed")
+@pytest.mark.reliability("R12", "a results folder without write permission: code 2, nothing changed")
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_permission(world, run, whole, tmp_path):
     results = tmp_path / "results"
@@ -287,7 +291,9 @@ def test_no_permission(world, run, whole, tmp_path):
         path.chmod(0o755)
 
 
-@pytest.mark.reliability("R12", "a state without permission to read: code 2, nothing changed, not the state before it")
+@pytest.mark.reliability(
+    "R12", "a state without read permission: code 2, nothing changed, the state before it is not used"
+)
 def test_a_state_that_may_not_be_read(run, whole, tmp_path):
     folder = shutil.copytree(whole(1)[0], tmp_path / "results/begun")
     before, state = tree(folder), list_states(folder)[0]
@@ -327,7 +333,7 @@ def check_one_refused(codes, folder, program, words):
     check_refusal({refused: 2}, folder, program, words)
 
 
-@pytest.mark.reliability("R12", "two launches of train.py into one folder: one is refused, one is as if alone")
+@pytest.mark.reliability("R12", "two launches of train.py into one folder: one is refused, the other is unaffected")
 def test_two_trainings(run, whole, tmp_path, cases, figure):
     count = cases(2, full=10)
     for case in range(count):
@@ -344,7 +350,9 @@ def test_two_trainings(run, whole, tmp_path, cases, figure):
     figure(f"{count} of {count}")
 
 
-@pytest.mark.reliability("R12", "two launches of sample_ddp.py into one folder: one is refused, one is as if alone")
+@pytest.mark.reliability(
+    "R12", "two launches of sample_ddp.py into one folder: one is refused, the other is unaffected"
+)
 def test_two_samplings(adapter, tmp_path, cases, figure):
     count = cases(2, full=10)
     flags = "--ckpt", adapter, "--num-fid-samples", 11, "--num-sampling-steps", 9, "--sample-dir", tmp_path, "--name"
@@ -359,7 +367,7 @@ def test_two_samplings(adapter, tmp_path, cases, figure):
 
 
 @pytest.mark.reliability(
-    "R12", "two launches of tools.encode_latents into one folder: one is refused, one is as if alone"
+    "R12", "two launches of tools.encode_latents into one folder: one is refused, the other is unaffected"
 )
 def test_two_encodings(images, tmp_path, cases, figure):
     count = cases(2, full=10)

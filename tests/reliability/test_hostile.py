@@ -49,7 +49,7 @@ def forked(read, path):
     return json.loads(text)
 
 
-@pytest.mark.reliability("R4", "hostile files: run, filling memory, or read")
+@pytest.mark.reliability("R4", "malicious files: run, filling memory, or read")
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_run_and_nothing_inflates(tmp_path, cases, figure):
     results = {}
@@ -78,7 +78,7 @@ def test_the_traps_would_have_worked(tmp_path):
         assert outcome == "read" and taken > 90
 
 
-@pytest.mark.reliability("R4", "DiT's and FineDiffusion's own files are read")
+@pytest.mark.reliability("R4", "the files of DiT and FineDiffusion are read")
 def test_files_in_the_official_forms_are_read(base, official, adapter, tmp_path, figure):
     for path in (base, official):
         record = torch.load(path, weights_only=False)

@@ -101,7 +101,7 @@ def losses(folder):
     return [row[key] for row in rows for key in ("loss", "mse", "vb", "grad_norm")]
 
 
-@pytest.mark.reliability("R7", "gradients and weights after 20 steps on 2 and 4 ranks, beside those on one")
+@pytest.mark.reliability("R7", "gradients and weights after 20 steps on 2 and 4 ranks, compared with one")
 def test_results_do_not_depend_on_the_number_of_processes(run, one, cases, figure):
     gradient = weight = 0
     for seed in range(cases(1, full=5)):
@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_number_of_processes(run, one, cases, figur
     figure(f"gradients within {gradient:.1e}, weights within {weight:.1e}")
 
 
-@pytest.mark.reliability("R7", "2 -> 1 -> 4 ranks on resume, and other orders, left in the midst of epochs")
+@pytest.mark.reliability("R7", "2 -> 1 -> 4 ranks on resume, and other orders, interrupted within epochs")
 def test_a_run_resumes_on_another_number_of_processes(run, one, images, cases, figure):
     everything, weight = sorted(str(path.relative_to(images)) for path in images.rglob("*.png")), 0
     orders, draw = [(2, 1, 4), (1, 4, 2), (4, 2, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)], random.Random(0)
@@ -133,7 +133,7 @@ def test_a_run_resumes_on_another_number_of_processes(run, one, images, cases, f
         weight = max(weight, weight_error(folder, one))
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
     assert weight <= 5e-6
-    figure(f"{len(orders)} orders, {STEPS // EPOCH} epochs: every image once in each, weights within {weight:.1e}")
+    figure(f"{len(orders)} orders, {STEPS // EPOCH} epochs: every image once per epoch, weights within {weight:.1e}")
 
 
 def test_several_forward_passes_give_the_result_of_one(run, one):
