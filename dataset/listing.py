@@ -132,13 +132,22 @@ def fingerprint(paths: Sequence[str], labels: Sequence[int]) -> str:
 
 
 def label_warnings(hierarchy: Hierarchy) -> list[str]:
-    """Return a warning if the labels follow the order 1, 10, 2 of folders numbered without padding."""
-    if not sorted_as_text(hierarchy.classes):
-        return []
-    return [
-        f"The class folders are numbered without padding and sorted as text, so that {shorten(hierarchy.classes)} have the "
-        "labels 0, 1, 2: pad the numbers with zeros if they are meant as labels."
-    ]
+    """Return sentences about properties of the classes that may be mistakes.
+
+    These are labels in the order 1, 10, 2 of folders numbered without padding, and classes without superclasses.
+    """
+    warnings = []
+    if sorted_as_text(hierarchy.classes):
+        warnings.append(
+            f"The class folders are numbered without padding and sorted as text, so that {shorten(hierarchy.classes)} have "
+            "the labels 0, 1, 2: pad the numbers with zeros if they are meant as labels."
+        )
+    if hierarchy.is_plain:
+        warnings.append(
+            f"The {hierarchy.num_classes} classes have no superclasses, so one null class takes their place: to add "
+            "superclasses, arrange the folders as superclass/class/*.jpg or put a hierarchy.json beside them."
+        )
+    return warnings
 
 
 def sorted_as_text(names: Iterable[str]) -> bool:

@@ -40,6 +40,7 @@ from runtime.text import one_line
 
 BUILT_IN = Path(__file__).resolve().parent
 MOST_CLASSES = 1 << 20
+NULL_CLASS = ("null",)  # the superclasses of a hierarchy without any
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -84,6 +85,11 @@ class Hierarchy:
     @property
     def has_parents(self) -> bool:
         return self._parents is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the one superclass is the null class of a plain DiT."""
+        return self.superclasses == NULL_CLASS
 
     @property
     def num_classes(self) -> int:
@@ -134,14 +140,20 @@ class Hierarchy:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike) -> "Hierarchy":
+    def from_folder(cls, path: str | os.PathLike, allow_flat: bool = False) -> "Hierarchy":
         """Read the hierarchy of an image folder, or of a list file of VegFru; the folder may have any name.
 
         The superclasses are the first level of `superclass/class/*.jpg`, the file prefixes of VegFru's release, or
-        follow from iNaturalist's class names. Other folders need a `hierarchy.json` in or beside them.
+        follow from iNaturalist's class names. Other folders `class/*.jpg` need a `hierarchy.json` in or beside them; with
+        `allow_flat` they may also have none, and their one superclass is then the null class of a plain DiT.
         """
         root = release_root(path)
-        return hierarchy_from_vegfru(root) if is_vegfru(root) else hierarchy_from_folders(root)
+        return hierarchy_from_vegfru(root) if is_vegfru(root) else hierarchy_from_folders(root, allow_flat)
+
+    @classmethod
+    def plain(cls, classes: Sequence[str], name: str) -> "Hierarchy":
+        """Build the hierarchy of a plain DiT: its one superclass is the null class."""
+        return cls(classes, NULL_CLASS, [0] * len(classes), name)
 
     @classmethod
     def from_class_names(cls, names: Iterable[str], name: str = "inaturalist") -> "Hierarchy":
@@ -308,8 +320,11 @@ def check_counts(hierarchy: Hierarchy, num_classes: int | None, num_super_classe
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def hierarchy_from_folders(root: Path) -> Hierarchy:
-    """Read superclass/class/*, class/* with a hierarchy.json in or beside it, or iNaturalist's class folders."""
+def hierarchy_from_folders(root: Path, allow_flat: bool = False) -> Hierarchy:
+    """Read superclass/class/*, class/* with a hierarchy.json in or beside it, or iNaturalist's class folders.
+
+    allow_flat: accept class/* without a hierarchy.json
+    """
     folders = class_folders(root)
     root, names = image_root(root), [folder.name for folder in folders]
     if has_two_levels(root):
@@ -321,6 +336,8 @@ def hierarchy_from_folders(root: Path) -> Hierarchy:
     for path in (root / "hierarchy.json", root.resolve().parent / "hierarchy.json"):
         if path.is_file():
             return Hierarchy.load(path)
+    if allow_flat:
+        return Hierarchy.plain(names, root.name)
     raise ValueError(
         f"{root} has class folders but no superclasses: put a hierarchy.json in or beside it, or arrange it as "
         "superclass/class/*.jpg."

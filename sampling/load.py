@@ -13,7 +13,7 @@ from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weigh
 from finetune import kind_of, merge_lora, store_frozen
 from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
-from hierarchy.hierarchy import check_counts
+from hierarchy.hierarchy import check_counts, numbered_names
 from models import DiT
 
 PAPER_DEFAULTS = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
@@ -30,8 +30,7 @@ def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
     Raises ValueError for other counts.
     """
     if num_super_classes == 1:
-        name, parents = f"a plain DiT with {num_classes} classes", [0] * num_classes
-        return Hierarchy.from_dict({"name": name, "superclasses": ["null"], "parents": parents})
+        return Hierarchy.plain(numbered_names(num_classes), f"a plain DiT with {num_classes} classes")
     if (num_classes, num_super_classes) == (PAPER_DEFAULTS["num_classes"], PAPER_DEFAULTS["num_super_classes"]):
         return Hierarchy.load("inat2021")
     raise ValueError(

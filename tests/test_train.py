@@ -237,6 +237,15 @@ def test_random_draws_depend_on_seed_and_step_alone():
     assert not draw(0, 3, flip=False)["flip"].any() and (draw(0, 3, dropout=1, null=0.5)["drop"] == 1).all()
 
 
+def test_class_folders_without_superclasses_share_a_null_class(run, images):
+    folder = run("flat", "--lr", 0.1, "--preview-images", 0, data=("--data-path", images / "dogs"))
+    model, description = load_adapted(last(folder, "adapters"))
+    assert description.hierarchy.superclasses == ("null",) and description.hierarchy.num_classes == 3
+    moved = state_of(folder)[f"exp_avg/{TABLE}"].abs().sum(1)
+    assert len(moved) == 3 + 1 and model.y_embedder.superclass_rows(torch.arange(3)).tolist() == [3, 3, 3]
+    assert "have no superclasses, so one null class takes their place: to add superclasses, arrange" in log(folder)
+
+
 # ---- equal results another way -------------------------------------------------------------------
 
 

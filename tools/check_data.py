@@ -205,10 +205,15 @@ def describe_pair(path: str, twin: str) -> str:
     return f"{path!r} is {name!r}{twin[len(name) :]}"
 
 
+def open_hierarchy(spec: str | None, folder: str) -> Hierarchy:
+    """Return the hierarchy of --hierarchy, or else that of the folder."""
+    return Hierarchy.load(spec) if spec else Hierarchy.from_folder(folder, allow_flat=True)
+
+
 def main(argv: Sequence[str] | None = None):
     parser = Parser(description=DESCRIPTION, examples=EXAMPLES)
     add = parser.add_argument
-    add("data_path", metavar="DIR", help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add("data_path", metavar="DIR", help="folder of images: superclass/class/*.jpg or class/*.jpg")
     add(
         "--hierarchy",
         help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own",
@@ -225,12 +230,12 @@ def main(argv: Sequence[str] | None = None):
     if args.num_workers < 1:
         raise ValueError(f"--num-workers is {args.num_workers}, expected at least 1.")
 
-    hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.data_path)
+    hierarchy = open_hierarchy(args.hierarchy, args.data_path)
     data = ImageData(args.data_path, hierarchy, args.image_size)
     classes, superclasses = count_images(data, hierarchy)
     other = None
     if args.compare:
-        own = Hierarchy.load(args.hierarchy) if args.hierarchy else Hierarchy.from_folder(args.compare)
+        own = open_hierarchy(args.hierarchy, args.compare)
         other = ImageData(args.compare, own, args.image_size)
     findings = examine_all(data, args.num_workers, other)
     print_report(data, classes, superclasses, findings)

@@ -44,7 +44,7 @@ python -m tools.encode_latents --data-path inat/train_mini --image-size 512 --mi
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add("--data-path", required=True, help="folder of images: superclass/class/*.jpg or class/*.jpg")
     add(
         "--hierarchy",
         help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own",
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None):
     if args.hierarchy:
         hierarchy = Hierarchy.load(args.hierarchy)
     else:
-        hierarchy = Hierarchy.from_folder(args.data_path)
+        hierarchy = Hierarchy.from_folder(args.data_path, allow_flat=True)
     data = ImageData(args.data_path, hierarchy, args.image_size)
     precision = resolve_precision(args.mixed_precision, state.device)
     autoencoder = load_autoencoder(args.vae, state.device, DTYPES[precision])

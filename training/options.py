@@ -50,7 +50,7 @@ def count_or_auto(text: str) -> int | str:
 
 
 def add_data_flags(add: Callable):
-    add("--data-path", help="folder of images: superclass/class/*.jpg, or class/*.jpg with --hierarchy")
+    add("--data-path", help="folder of images: superclass/class/*.jpg or class/*.jpg")
     add("--latents", help="folder of latents from tools.encode_latents, instead of --data-path")
     add(
         "--hierarchy",

@@ -226,7 +226,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImageData | LatentData, Hierarc
     if args.latents:
         data = LatentData(args.latents, hierarchy)
         return data, hierarchy or data.hierarchy
-    hierarchy = hierarchy or Hierarchy.from_folder(args.data_path)
+    hierarchy = hierarchy or Hierarchy.from_folder(args.data_path, allow_flat=True)
     return ImageData(args.data_path, hierarchy, args.image_size), hierarchy
 
 

@@ -129,7 +129,6 @@ MAKE = {
     "file.jpg": text(""),
     "empty": lambda path, file: path.mkdir(),
     "flat": lambda path, file: shutil.copytree(file("images") / "cats/manx", path),
-    "one-level": lambda path, file: shutil.copytree(file("images") / "cats", path),
     "hollow": hollow,
     "vegfru": vegfru,
     "looped": looped,

@@ -45,10 +45,15 @@ def test_inaturalist_names_under_superclass_folders_are_two_levels(tmp_path):
     assert Hierarchy.load(tmp_path).superclasses == ("mine", "yours")
 
 
-def test_one_level_needs_a_hierarchy_in_it_or_beside_it(tmp_path):
+def test_one_level_has_a_hierarchy_in_it_or_beside_it_or_a_null_class(tmp_path):
     root = make(tmp_path / "images", "manx/1.jpg", "pug/1.jpg", "beagle/1.jpg")
     with pytest.raises(ValueError, match="hierarchy.json in or beside it"):
         Hierarchy.load(root)
+    flat = Hierarchy.from_folder(root, allow_flat=True)
+    assert flat.to_dict() == dict(
+        name="images", superclasses=["null"], classes=["beagle", "manx", "pug"], parents=[0, 0, 0]
+    )
+    assert flat.is_plain
     (tmp_path / "hierarchy.json").write_text(json.dumps(PETS))
     assert Hierarchy.load(root).to_dict() == PETS
     (root / "hierarchy.json").write_text(json.dumps(PETS | {"parents": [0, 1, 1]}))

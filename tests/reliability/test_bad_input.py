@@ -61,7 +61,6 @@ train --data-path @empty                   | no class folders
 train --data-path @file.jpg                | is a file
 train --data-path @hollow                  | cats/manx has no images
 train --data-path @flat                    | images but no folders
-train --data-path @one-level               | hierarchy.json
 train --data-path @looped                  | cats/loop has no images
 train --data-path @vegfru/vegfru_list/vegfru_train.txt | (line 2: 'chive: none')
 train --num-classes 6                      | --num-classes is 6, but pets has 5
