@@ -45,8 +45,8 @@ def dry_run(args: argparse.Namespace):
         latent_size, channels = autoencoder.latent_size(args.image_size), autoencoder.channels
     else:
         data, hierarchy = None, Hierarchy.load(args.hierarchy or "inat2021")
+        check_counts(hierarchy, args.num_classes, args.num_super_classes)
         latent_size, channels = latent_shape(args)
-    check_counts(hierarchy, args.num_classes, args.num_super_classes)
     description = describe(args, hierarchy, latent_size, channels)
     with torch.device("meta"):
         model = build_model(description, args.class_dropout_prob, counts_only=True)

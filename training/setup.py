@@ -221,13 +221,12 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, Path, list
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImageData | LatentData, Hierarchy]:
-    """Open --latents or --data-path, and return it with its hierarchy."""
+    """Open --latents or --data-path, and return it with its hierarchy, whose counts must be those of the flags."""
     hierarchy = Hierarchy.load(args.hierarchy) if args.hierarchy else None
-    if args.latents:
-        data = LatentData(args.latents, hierarchy)
-        return data, hierarchy or data.hierarchy
-    hierarchy = hierarchy or Hierarchy.from_folder(args.data_path, allow_flat=True)
-    return ImageData(args.data_path, hierarchy, args.image_size), hierarchy
+    data = LatentData(args.latents, hierarchy) if args.latents else None
+    hierarchy = hierarchy or (data.hierarchy if data else Hierarchy.from_folder(args.data_path, allow_flat=True))
+    check_counts(hierarchy, args.num_classes, args.num_super_classes)
+    return data or ImageData(args.data_path, hierarchy, args.image_size), hierarchy
 
 
 def open_data(
@@ -238,7 +237,6 @@ def open_data(
     if args.latents:
         data.check_settings(autoencoder, args.image_size, args.flip)
         data.verify(accelerator.process_index, accelerator.num_processes)
-    check_counts(hierarchy, args.num_classes, args.num_super_classes)
     return data, hierarchy
 
 

@@ -77,7 +77,7 @@ def saved_precision(states: list[Path]) -> str:
     """Return the precision of the newest state that can be read, in which its run resumes; "auto" if there is none."""
     for path in states:
         with suppress(ValueError, OSError):  # a damaged state: `latest_valid_state` logs it
-            return read_description(path).settings.get("mixed_precision", "auto")
+            return (read_description(path).settings or {}).get("mixed_precision", "auto")  # an adapter has none
     return "auto"
 
 

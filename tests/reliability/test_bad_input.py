@@ -130,7 +130,7 @@ train --log-every 0                        | --log-every is 0
 train --max-steps 0                        | --max-steps is 0
 train --epochs -1                          | --epochs is -1
 train --epochs 1.5                         | --epochs: invalid int value: '1.5'
-train --method lora                        | --method: invalid choice: 'lora'
+train --method prompts                     | --method: invalid choice: 'prompts'
 train --no-such-flag 3                     | unrecognized arguments: --no-such-flag 3
 train --image-size 0                       | --image-size is 0
 train --preview-images -1                  | --preview-images is -1
