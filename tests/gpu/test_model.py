@@ -165,7 +165,9 @@ def test_compiled_training(half):
     assert_close(terms[1][:3], terms[0][:3], 1e-5 if half == "no" else 1e-2)
     for name, average in sides[0].ema.average.items():
         if NUMBERS:
-            assert (sides[1].ema.average[name] - average).abs().max() <= 2.1e-5, name  # AdamW moves by 1e-4, a tenth here
+            assert (sides[1].ema.average[name] - average).abs().max() <= 2.1e-5, (
+                name
+            )  # AdamW moves by 1e-4, a tenth here
 
 
 @pytest.mark.parametrize("half", ["no", "half"])

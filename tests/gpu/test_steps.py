@@ -50,7 +50,9 @@ def test_steps(precision):
     expected, found = sides
     names = [name for name in found.parameters if kind_of(name) != "table"]  # most of its rows do not move
     for pick in (lambda side: side.parameters, lambda side: side.ema.average):
-        moved = [torch.cat([(pick(s)[n].cpu() - start[n]).flatten().detach() for n in names]) for s in (found, expected)]
+        moved = [
+            torch.cat([(pick(s)[n].cpu() - start[n]).flatten().detach() for n in names]) for s in (found, expected)
+        ]
         assert_close(*moved, tolerance)
 
 

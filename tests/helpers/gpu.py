@@ -56,7 +56,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, 
     """Assert that two tensors of any device and type are equal up to a relative norm; non-finite values fail."""
     found_difference = difference(found, expected)
     if NUMBERS:
-        assert found_difference <= tolerance, f"{what} differs by {found_difference:.1e}, expected at most {tolerance:.0e}"
+        assert found_difference <= tolerance, (
+            f"{what} differs by {found_difference:.1e}, expected at most {tolerance:.0e}"
+        )
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
@@ -69,10 +71,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 # ---- models and training steps -------------------------------------------------------------------
 
 
-def small_dit(name: str = "DiT-S/4", size: int = 32, channels: int = 4, seed: int = 0) -> nn.Module:
+def small_dit(name: str = "DiT-S/4", size: int = 32, channels: int = 4, seed: int = 0, **more) -> nn.Module:
     """Return a DiT on the CPU with 5 classes under 2 superclasses, in which nothing is zero."""
     torch.manual_seed(seed)
-    sizes = dict(input_size=size, in_channels=channels, num_classes=5, num_super_classes=2, parents=PARENTS)
+    sizes = dict(input_size=size, in_channels=channels, num_classes=5, num_super_classes=2, parents=PARENTS) | more
     return awake(DiT_models[name](**sizes), seed=seed, std=0.02)
 
 

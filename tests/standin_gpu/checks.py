@@ -177,7 +177,7 @@ def out_of_memory() -> dict:
             folder,
         ]
         flags += ["--max-steps", 2, "--global-batch-size"]
-        run("backward pass", train.main, 0.8, *flags, 16)
+        run("backward pass", train.main, 0.8, *flags, 16, "--micro-batch", 16)
         with patch.object(train, "save_preview", cramped(train.save_preview)):
             run("preview", train.main, 0.8, *flags, 2, "--experiment", "run", "--preview-images", 16)
         found["preview"] += ((folder / "run/log.txt").read_text(), len(list(folder.glob("run/states/*"))))

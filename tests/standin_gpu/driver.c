@@ -8,7 +8,6 @@
 long standin_triton_launches;
 #define LAUNCH(name) int name(void) { __sync_fetch_and_add(&standin_triton_launches, 1); return 0; }
 LAUNCH(cuLaunchKernel) LAUNCH(cuLaunchKernelEx) LAUNCH(cuLaunchCooperativeKernel)
-
 HANDLE(cuCtxGetCurrent) HANDLE(cuDevicePrimaryCtxRetain) HANDLE(cuModuleLoad) HANDLE(cuModuleLoadData) HANDLE(cuModuleLoadDataEx)
 HANDLE(cuModuleGetFunction)
 NUMBER(cuDeviceGet, 0) NUMBER(cuDeviceGetCount, 1) NUMBER(cuDriverGetVersion, 12080)
