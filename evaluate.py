@@ -1,4 +1,4 @@
-"""Compare generated images with real ones: FID, KID, LPIPS, precision, recall, accuracy; overall and by superclass.
+"""Compare generated images with real ones: FID, KID, LPIPS and accuracy, also by superclass; precision and recall.
 
     python evaluate.py inat/val samples --output evaluation
     torchrun --nproc_per_node=8 evaluate.py inat/val samples.npz --hierarchy inat2021 --output evaluation

@@ -33,7 +33,7 @@ from runtime.device import (
     resolve_precision,
     set_tf32,
 )
-from sampling.grid import caption, labelled_grid
+from sampling.grid import caption, cell_size, grid_layout, labelled_grid
 from sampling.load import build_guidance, load_model
 from sampling.options import add_options, advise_smaller, check_options
 from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
@@ -160,8 +160,12 @@ def sample(args: argparse.Namespace):
     if device == "cuda":
         print(describe_computation(device, precision, compiled))
 
+    # Lay out the grid; of many classes, it shows some, evenly spaced:
+    columns, classes, shown = grid_layout(len(labels), args.per_class, cell_size(description.image_size))
+    in_grid = {labels[i] for i in np.linspace(0, len(labels) - 1, classes).round().astype(int)}
+
     # Sample, and save each image:
-    folder, class_folders, images = Path(args.sample_dir), folder_names(hierarchy.classes), []
+    folder, class_folders, images, captions = Path(args.sample_dir), folder_names(hierarchy.classes), [], []
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
         for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half):
@@ -169,14 +173,15 @@ def sample(args: argparse.Namespace):
                 path = folder / class_folders[label] / f"{position:06d}.png"
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-            images.append(pixels)
+                if label in in_grid and position < shown:
+                    images.append(image)
+                    captions.append(caption(hierarchy.classes[label]))
             bar.update(len(batch))
 
     # Save the grid:
-    columns = args.per_class if args.per_class > 1 else min(4, len(jobs))
-    captions = [caption(hierarchy.classes[label]) for label, _ in jobs]
-    labelled_grid(torch.cat(images), captions, columns).save(folder / "grid.png")
-    print(f"{len(jobs)} images and grid.png in {folder}")
+    labelled_grid(torch.stack(images), captions, columns).save(folder / "grid.png")
+    part = f" with {len(images)} of them" if len(images) < len(jobs) else ""
+    print(f"{len(jobs)} images and grid.png{part} in {folder}")
 
 
 def main():

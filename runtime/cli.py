@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def run_command(main: Callable[[], object]) -> object:
     """Call `main()`; print a user error, a ValueError or an unusable path, as one line and exit with code 2."""
@@ -27,6 +29,14 @@ def program_name() -> str:
     """Return the name of the running command: train.py, or figures.py for tools/figures/__main__.py."""
     path = Path(sys.argv[0])
     return path.name if path.name != "__main__.py" else f"{path.parent.name}.py"
+
+
+def command_words() -> str:
+    """Return the words that start the running command: train.py, or python -m tools.figures for a module in a folder."""
+    path = Path(sys.argv[0]).resolve()
+    if path.parent == ROOT or ROOT not in path.parents:
+        return path.name
+    return "python -m " + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -50,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, examples: str = "", **options):
         lines = [line.strip() for line in examples.strip().splitlines()]
         epilog = "\n  ".join(["examples:", *lines]) if lines else None
-        defaults = {"prog": program_name(), "formatter_class": HelpFormatter, "epilog": epilog}
+        defaults = {"prog": command_words(), "formatter_class": HelpFormatter, "epilog": epilog}
         super().__init__(**defaults | options)
 
     def error(self, message: str):

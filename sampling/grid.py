@@ -1,5 +1,6 @@
 """Grids of images with captions."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from hierarchy.layouts import is_inat
 
 GAP = 4  # pixels between cells
+MOST_PIXELS, MOST_COLUMNS = 2**26, 32  # of a grid; images of a class in it
 INK, BACKGROUND = (20, 20, 20), (255, 255, 255)
 
 
@@ -19,12 +21,33 @@ def caption(class_name: str) -> str:
 
 
 def ellipsize(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Shorten a text with an ellipsis to at most `width` pixels."""
+    """Shorten a text to at most `width` pixels with an ellipsis in its middle; often only the end differs between names."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    for left in range(len(text) - 1, 0, -1):  # letters that are left
+        start, end = text[: left - left // 2], text[len(text) - left // 2 :]
+        if font.getlength(shorter := f"{start.rstrip()}…{end.lstrip()}") <= width:
+            return shorter
+    return "…"
+
+
+def grid_layout(classes: int, per_class: int, cell: int) -> tuple[int, int, int]:
+    """Return the columns of a grid of samples, and how many classes and images per class it shows.
+
+    The images of a class stand side by side. The grid has at most about MOST_PIXELS and as many rows as columns.
+
+    classes, per_class: of the samples; cell: width of an image in pixels
+    """
+    shown = min(per_class, MOST_COLUMNS)
+    classes = max(1, min(classes, MOST_PIXELS // (cell**2 * shown)))
+    if shown == 1:
+        return max(min(4, classes), math.ceil(classes**0.5)), classes, shown
+    return shown * max(1, math.isqrt(classes // shown)), classes, shown
+
+
+def cell_size(image_size: int) -> int:
+    """Return the default width of an image in a grid: captions need 96 pixels."""
+    return max(image_size, 96)
 
 
 def labelled_grid(
@@ -42,7 +65,7 @@ def labelled_grid(
     row_titles  text to the left of each row
     """
     assert len(images) == len(captions) and images.dtype == torch.uint8
-    cell = cell or max(images.shape[3], 96)
+    cell = cell or cell_size(images.shape[3])
     tall = cell * images.shape[2] // images.shape[3]
     small, large = (ImageFont.load_default(size=max(10, cell // part)) for part in (10, 5))
     line = small.getbbox("Ég")[3] + 4

@@ -41,7 +41,8 @@ def test_a_caption_breaks_between_words_and_is_cut_to_its_width():
     assert lines == ["Leptoglossus", "occidentalis"]
     assert plots.wrap_caption("Pica pica", font, 0.8) == "Pica pica"
     lines = plots.wrap_caption("a word and very many other words that are too long", font, 0.8).split("\n")
-    assert len(lines) == 2 and lines[1].endswith("…") and all(font.getlength(line) <= 0.8 for line in lines)
+    assert len(lines) == 2 and "…" in lines[1] and lines[1].endswith("long")
+    assert all(font.getlength(line) <= 0.8 for line in lines)
 
 
 def test_a_mosaic_fits_a_page_and_its_images_have_a_maximum_width():
