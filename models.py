@@ -248,9 +248,9 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def compile_blocks(self, **options) -> None:
-        """Compile each block in place with `torch.compile` and its `options`; all blocks share one graph."""
-        for block in self.blocks:
-            block.compile(**options)
+        """Compile the blocks and the final layer with `torch.compile` and its `options`; all blocks share one graph."""
+        for part in (*self.blocks, self.final_layer):
+            part.compile(**options)
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """Turn patches (N, T, p * p * out_channels) into images (N, out_channels, H, W)."""

@@ -21,7 +21,6 @@ from torchvision.utils import make_grid, save_image
 
 from checkpoint.format import save_adapter
 from dataset.images import collate
-from diffusion import create_diffusion
 from runtime.cli import run_command
 from runtime.device import DTYPES
 from runtime.files import atomic_write
@@ -34,9 +33,8 @@ from training.dry_run import dry_run
 from training.options import check_settings, parse_args, resolve_defaults
 from training.setup import Run, begin
 from training.state import delete_old_states, save_state
-from training.step import draw_step_noise, forward_backward, learning_rate_factor, sample_posterior
+from training.step import DIFFUSION, draw_step_noise, forward_backward, learning_rate_factor, sample_posterior
 
-DIFFUSION = create_diffusion("")
 PREVIEW = dict(seed=0, cfg_scale=4.0, steps=50, sampler="ddim")  # the grid at each checkpoint
 EARLY_STEPS, EARLY_SECONDS, MEASURED_STEPS = 500, 600, 10  # when the first state is saved, see early_step
 

@@ -183,22 +183,28 @@ class GaussianDiffusion:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         prediction, v = self._output(model, x_t, t, model_kwargs)
+        return self._loss_terms(self._at(t, x_t), t, x_start, x_t, noise, prediction, v)
+
+    def compile_losses(self, **options) -> None:
+        """Compile the loss terms with `torch.compile` and its `options`: some 200 small operations become a few."""
+        self._loss_terms = torch.compile(self._loss_terms, **options)
+
+    def _loss_terms(self, c, t, x_start, x_t, noise, prediction, v):
         target = x_start if self.predict_xstart else noise
         terms = {"mse": mean_flat((target - prediction) ** 2)}
         if self.loss == "kl":
-            terms["vb"] = self._bound(x_start, x_t, t, prediction, v)
+            terms["vb"] = self._bound(c, x_start, x_t, t, prediction, v)
             terms["loss"] = terms["vb"] * self.num_timesteps
         elif self.variance != "learned":
             terms["loss"] = terms["mse"]
         else:
             weight = self.num_timesteps / 1000 if self.loss == "rescaled_hybrid" else 1.0
-            terms["vb"] = self._bound(x_start, x_t, t, prediction.detach(), v) * weight
+            terms["vb"] = self._bound(c, x_start, x_t, t, prediction.detach(), v) * weight
             terms["loss"] = terms["mse"] + terms["vb"]
         return terms
 
-    def _bound(self, x_start, x_t, t, prediction, v):
+    def _bound(self, c, x_start, x_t, t, prediction, v):
         """Return a term of DDPM eq. 5 in bits per dimension (N,): L_{t-1}, or the decoder's L_0 at t = 0."""
-        c = self._at(t, x_t)
         true_mean = self._posterior_mean(c, x_start, x_t)
         mean = self._posterior_mean(c, self._x_start(c, prediction, x_t), x_t)
         log_variance = c.middle_log_variance + v * c.reach_log_variance

@@ -262,5 +262,5 @@ def test_all_blocks_share_one_graph():
     graphs, model, (x, t), y = [], awake(tiny_dit(depth=4)), inputs(), torch.tensor([0, 3])
     expected = model.eval()(x[:2], t[:2], y)
     model.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    assert model(x[:2], t[:2], y).equal(expected) and len(graphs) == 1
+    assert model(x[:2], t[:2], y).equal(expected) and len(graphs) == 2  # the other one is the final layer's
     torch.compiler.reset()

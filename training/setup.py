@@ -45,7 +45,7 @@ from training.state import (
     load_state,
     saved_precision,
 )
-from training.step import GuardedOptimizer
+from training.step import DIFFUSION, GuardedOptimizer
 
 
 @dataclass
@@ -157,6 +157,7 @@ def begin(args: argparse.Namespace) -> Run:
     # Compile, and wrap for several processes:
     if compiled:
         model.compile_blocks()
+        DIFFUSION.compile_losses()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.num_processes > 1:
         exchanged = ddp_exchanged_bytes(wrapped)

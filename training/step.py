@@ -14,10 +14,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from autoencoder import Autoencoder
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from runtime.private import skip_update_if
 
 NUM_TIMESTEPS = 1000
+DIFFUSION = create_diffusion("")
 # How many numbers a GPU draws at once: the threads of 256 blocks of 256. If a GPU cannot run all blocks together, its
 # threads draw several numbers each, and the sequence depends on the model of the GPU.
 DRAWN_TOGETHER = 2**16

@@ -145,6 +145,24 @@ def test_the_loss_never_waits_for_the_device():
     assert {k: tuple(v.shape) for k, v in terms.items()} == dict(mse=(2,), vb=(2,), loss=(2,))
 
 
+def test_compiled_losses_are_one_graph():
+    plain, compiled, graphs = create_diffusion(""), create_diffusion(""), []
+    compiled.compile_losses(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for t in ([0, 500], [3, 999]):
+        x0, noise, output = (
+            torch.randn(2, 2, 4, 4),
+            torch.randn(2, 2, 4, 4),
+            torch.randn(2, 4, 4, 4, requires_grad=True),
+        )
+        results = []
+        for diffusion in (plain, compiled):
+            terms = diffusion.training_losses(lambda x, t: output, x0, torch.tensor(t), noise=noise)  # noqa: B023
+            results.append([*terms.values(), *torch.autograd.grad(terms["loss"].sum(), output)])
+        assert all(ours.equal(theirs) for ours, theirs in zip(*results, strict=True))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
 def test_training_works_after_sampling_in_inference_mode():
     diffusion = create_diffusion("10")
     with torch.inference_mode():
