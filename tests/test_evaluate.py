@@ -242,16 +242,15 @@ def test_report_records_every_choice(sets, report):
 
 
 def test_every_output_has_the_metrics_and_the_warning(sets, command, tmp_path):
-    flags = ("--features", sets / "tiles.pt", "test_vit@32", "--random-weights")
+    flags = ("--features", sets / "tiles.pt", "vit:test_vit@32", "--random-weights")
     result, report = run(command, tmp_path / "out", sets / "real", sets / "fake", *NO_NETWORKS, *flags)
     assert result.code == 0
     fd = f"{report['overall']['features']['tiles']['fd']:.4g}"
     texts = [result.out, *((tmp_path / "out" / f"metrics.{kind}").read_text() for kind in ("md", "csv"))]
     assert all("cats" in text and "overall" in text for text in texts)
     for text in texts[:2]:
-        assert (
-            fd in text and "NOT COMPARABLE" in text and "FD test_vit@32" in text and "FID" not in text.split("NOT")[0]
-        )
+        assert fd in text and "NOT COMPARABLE" in text and "FD vit" in text and "FID" not in text.split("NOT")[0]
+        assert "on the features of tiles." in text  # precision and recall are of the first network
     table = [line.split(",") for line in texts[2].splitlines()]
     assert [row[0] for row in table[1:]] == ["cats", "dogs", "overall"] and {row[-1] for row in table[1:]} == {"False"}
     assert float(table[3][table[0].index("features.tiles.fd")]) == report["overall"]["features"]["tiles"]["fd"]

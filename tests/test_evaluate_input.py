@@ -376,6 +376,34 @@ def test_statistics_without_a_record_need_trust_stats(sets, command, tmp_path):
     assert found["overall"]["features"]["tiles"]["fd"] > 0
 
 
+def test_statistics_give_no_advice_that_needs_images(sets, command, tmp_path, saved_statistics):
+    flags = (*NO_NETWORKS, "--features", sets / "tiles.pt")
+    _, found = run(command, tmp_path / "out", saved_statistics, sets / "fake", *flags)
+    (note,) = (note for note in found["notes"] if "the features of tiles" in note)
+    assert note.startswith("1 row has fewer than 12 images") and "KID" not in note
+    with np.load(saved_statistics) as file:
+        assert found["real"]["pixels"] == json.loads(str(file["record"]))["pixels"]
+
+
+# ---- layouts of folders --------------------------------------------------------------------------
+
+
+def test_without_a_hierarchy_images_beside_folders_count_too(sets, tmp_path):
+    shutil.copytree(sets / "fake/cats", tmp_path / "flat/cats")
+    for name in ("1.png", "2.png", "grid.png"):
+        write_white_image(tmp_path / "flat" / name)
+    images = open_set(tmp_path / "flat")
+    images.label(None)
+    assert len(images) == 8 + 2 and not any("grid" in path for path in images.paths)
+
+
+def test_a_folder_without_images_names_the_npz_beside_it(sets, tmp_path):
+    (tmp_path / "samples").mkdir()
+    save_npz(sets, tmp_path / "samples.npz")
+    with pytest.raises(ValueError, match=r"samples has no images in it, expected some: name .*samples\.npz, which may"):
+        open_set(tmp_path / "samples")
+
+
 # ---- notes ---------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,8 @@ EDGE_CASES = {  # name: (function, exact value or ValueError)
     "images as features": (lambda: by_features(torch.zeros(4, 3, 8, 8), SAME), ValueError),
     "KID of one image": (lambda: kid(SAME[:1], SAME), ValueError),
     "KID of NaN": (lambda: kid(nan_at(0), SAME), ValueError),
+    "KID overflow": (lambda: kid(SAME * 1e60, SAME), ValueError),
+    "KID spread overflow": (lambda: kid(SAME * 1e30, SAME), ValueError),
     "KID subsets too large": (lambda: kid(SAME, SAME, size=500), ValueError),
     "KID of identical sets": (lambda: kid(SAME, SAME, subsets=1, size=400)[0] <= 0, True),
     "precision and recall of identical sets": (lambda: precision_recall(SAME, SAME) == (1, 1), True),
