@@ -19,6 +19,7 @@ from tools import encode_latents
 
 VAE = ROOT / "examples/glyphs/vae"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OTHER = "R16", "latents and runs of another encoder: refused, also if only its weights differ"
 MODEL = (
     "--model DiT-Ti/2 --image-size 64 --num-workers 0 --resume none --global-batch-size 4 --preview-images 0".split()
 )
@@ -82,6 +83,7 @@ def encode(command, vae, images, out):
     return command(encode_latents.main, *flags)
 
 
+@pytest.mark.reliability(*OTHER)
 def test_latents_of_another_encoder(vaes, images64, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert encode(command, vaes["copy"], images64, "latents").code == 0
@@ -125,6 +127,7 @@ def without_digest(info):
     return {name: value for name, value in info.items() if name != "encoder"}
 
 
+@pytest.mark.reliability(*OTHER)
 def test_a_run_does_not_resume_with_another_encoder(vaes, images64, command, tmp_path):
     start = [*MODEL, "--data-path", images64, "--results-dir", tmp_path, "--experiment", "run"]
 

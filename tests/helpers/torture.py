@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "reliability(row, what): a guarantee of docs/reliability.md, R1 to R15")
+    config.addinivalue_line("markers", "reliability(row, what): a guarantee of docs/reliability.md, R1 to R16")
 
 
 def pytest_runtest_setup(item):
