@@ -228,6 +228,11 @@ def select(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
     return chosen
 
 
+def count_parameters(parameters: dict[str, nn.Parameter], rows: list[int] | None = None) -> int:
+    """Return the number of trained parameters; `rows`: the rows of the class table if no others are trained."""
+    return sum(p.numel() if rows is None else len(rows) * p.shape[1] for p in parameters.values())
+
+
 def freeze_other_rows(table: nn.Parameter, rows: list[int]) -> None:
     """Let only `rows` of the class table move: the gradients of all others become 0.
 
@@ -242,13 +247,12 @@ def freeze_other_rows(table: nn.Parameter, rows: list[int]) -> None:
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen weight matrices to `dtype`, the one of the computation, in place.
+    """Convert the frozen weight matrices and biases to `dtype`, the one of the computation, in place.
 
-    Autocast would convert float32 matrices in every forward pass. Trained parameters, norms and the position embedding
-    stay float32.
+    Autocast would convert them in every forward pass. Trained parameters, norms and the position embedding stay float32.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and kind_of(name) == "matrix":
+        if not parameter.requires_grad and kind_of(name) in ("matrix", "bias"):
             parameter.data = parameter.data.to(dtype)
 
 

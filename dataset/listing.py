@@ -153,7 +153,8 @@ def label_warnings(hierarchy: Hierarchy) -> list[str]:
 def sorted_as_text(names: Iterable[str]) -> bool:
     """Return True if the names start with numbers of unequal length that are out of order, such as 1, 10, 2."""
     starts = [re.match(r"\d+", name) for name in names]
-    if not all(starts):
+    code_points = all(re.match(r"[0-9A-F]{4,6}(_|$)", name) for name in names)  # 0041_A and 056A_ZHE are in order
+    if not all(starts) or code_points:
         return False
     numbers = [start[0] for start in starts]
     return len({len(number) for number in numbers}) > 1 and sorted(numbers, key=int) != numbers

@@ -12,7 +12,7 @@ from autoencoder import PUBLISHED_VAES, SD_SCALE, Autoencoder, load_autoencoder
 from checkpoint.loading import build_model
 from dataset.images import ImageData
 from dataset.latents import LatentData
-from finetune import METHODS, select, store_frozen
+from finetune import METHODS, ROWS, count_parameters, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
@@ -20,6 +20,7 @@ from runtime.device import DTYPES, resolve_precision
 from training import memory
 from training.average import choose_warmup
 from training.batches import StepBatches
+from training.extension import extend
 from training.setup import describe, load_data
 
 PUBLISHED_SHAPE = dict(  # of the Stable Diffusion autoencoders
@@ -48,11 +49,14 @@ def dry_run(args: argparse.Namespace):
         check_counts(hierarchy, args.num_classes, args.num_super_classes)
         latent_size, channels = latent_shape(args)
     description = describe(args, hierarchy, latent_size, channels)
+    if args.extend:
+        description, _ = extend(description, args)
+        hierarchy = description.hierarchy
     with torch.device("meta"):
         model = build_model(description, args.class_dropout_prob, counts_only=True)
-    parameters = select(model, METHODS[args.method])
+    parameters = select(model, ROWS if description.patch_rows else METHODS[args.method])
     total = sum(p.numel() for p in model.parameters())
-    count = sum(p.numel() for p in parameters.values())
+    count = count_parameters(parameters, description.patch_rows)
     settings = vars(args) | {
         "embedder": description.embedder,
         "num_classes": hierarchy.num_classes,

@@ -16,7 +16,7 @@ from checkpoint.download import find_starting_weights
 from checkpoint.loading import TABLE, build_model, init_from
 from dataset.images import ImageData
 from dataset.latents import LatentData
-from finetune import EMA, METHODS, ROWS, adamw, freeze_other_rows, select, store_frozen
+from finetune import EMA, METHODS, ROWS, adamw, count_parameters, freeze_other_rows, select, store_frozen
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts
 from models import DiT
@@ -149,7 +149,7 @@ def begin(args: argparse.Namespace) -> Run:
     logger = MetricLogger(accelerator, folder, batches, data, open_row, stop, args.max_bad_images)
     compiled = resolve_compile(args.compile, accelerator.device, batches.max_steps - description.step)
     settings = vars(args) | {"mixed_precision": precision, "compile": compiled}
-    log_run_summary(settings, logger, parameters, description.hierarchy)
+    log_run_summary(settings, logger, parameters, description)
     passes, memory_note = memory.split_batch(args, accelerator, batches.local_batch, model, parameters, autoencoder)
     for text in filter(None, [memory_note, *notes]):
         logger.log(text)
@@ -349,7 +349,7 @@ def log_run_summary(
     settings: dict,
     logger: MetricLogger,
     parameters: dict[str, nn.Parameter],
-    hierarchy: Hierarchy,
+    description: ModelDescription,
 ):
     """Log a description of the run, write args.json, and start the trackers.
 
@@ -358,10 +358,10 @@ def log_run_summary(
     accelerator, data = logger.accelerator, logger.data
     text = json.dumps(settings, indent=1) + "\n"
     run_on_main(accelerator, atomic_write, logger.folder / "args.json", lambda part: part.write_text(text))
-    count, world = sum(p.numel() for p in parameters.values()), accelerator.num_processes
+    count, world = count_parameters(parameters, description.patch_rows), accelerator.num_processes
     logger.log(
         f"{logger.folder}: {settings['model']}, {settings['method']}, {count:,} trained parameters, {len(data):,} images, "
-        f"{hierarchy!r}, {world} process{'es' * (world > 1)} on "
+        f"{description.hierarchy!r}, {world} process{'es' * (world > 1)} on "
         + describe_computation(accelerator.device, settings["mixed_precision"], settings["compile"])
     )
     for warning in data.warnings:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.tiny_models import THREE_PETS, make
 
-from dataset.listing import label_warnings, list_files, list_images
+from dataset.listing import label_warnings, list_files, list_images, sorted_as_text
 from hierarchy import Hierarchy
 
 PETS = ["manx/1.jpg", "pug/1.jpg", "beagle/1.jpg"]
@@ -140,3 +140,8 @@ def test_a_line_break_in_a_name_is_refused(tmp_path):
     make(tmp_path, *PETS, "pug/a\nb.jpg")
     with pytest.raises(ValueError, match=r"line break in the path of 1 of its images \('pug/a\\nb.jpg'\)"):
         list_files(tmp_path, THREE_PETS)
+
+
+def test_code_points_are_no_labels_without_padding():
+    assert sorted_as_text(["1", "10", "2"]) and sorted_as_text(["1_lynx", "10_pug", "2_manx"])
+    assert not sorted_as_text(["0041_A", "056A_ZHE", "0531_AYB"]) and not sorted_as_text(["01", "02", "10"])

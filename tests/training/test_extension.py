@@ -1,5 +1,7 @@
 """Classes added to an adapter: old classes stay bit for bit, patches chain and merge in any order, mistakes are refused."""
 
+import json
+
 import pytest
 import torch
 from helpers.commands import call
@@ -69,6 +71,7 @@ def test_new_rows_alone_are_trained(extended, adapter):
     for key, start in {("class", "corgi"): dogs, ("superclass", "birds"): tiers, ("class", "wren"): classes}.items():
         moved = (after[key] - start).abs()
         assert moved.max() < 0.21 and (moved.max() > 0.05 or key[0] == "superclass")
+    assert "finediffusion, 768 trained parameters" in (path.parents[1] / "log.txt").read_text()  # 3 rows of 256
     # the model computes the same for all old rows
     x, t = torch.linspace(-2, 2, 7 * 3 * 64).view(7, 3, 8, 8), torch.full((7,), 300)
     old, new = load_adapted(adapter)[0], load_adapted(path)[0]
@@ -139,6 +142,16 @@ def test_all_parameters_of_the_method_can_be_trained(extended, adapter):
     moved = {key for key in before if not after[key].equal(before[key])}
     assert ("class", "lynx") in moved and {("class", "manx"), ("class", "pug")}.isdisjoint(moved)
     assert description.hierarchy.classes[-1] == "ocelot" and len(after) == len(before) + 1
+
+
+def test_dry_run_counts_the_new_rows(adapter, root):
+    result = call(
+        train.main,
+        *(*TINY, "--extend", "--resume", adapter, "--data-path", root / "data/birds", "--experiment", "x", "--dry-run"),
+    )
+    assert result.code == 0, result.err
+    settings = json.loads(result.out)
+    assert (settings["num_classes"], settings["num_super_classes"], settings["trainable_params"]) == (7, 3, 3 * 256)
 
 
 REFUSED = [
