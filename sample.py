@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from guidance import ALL_TIMESTEPS, Guidance
-from hierarchy import Hierarchy
+from hierarchy import Hierarchy, names
 from hierarchy.layouts import folder_names
 from models import DiT
 from runtime.cli import Parser, check_range, run_command
 from runtime.device import (
+    best_device,
     check_gpu,
     describe_computation,
     explain_full_memory,
@@ -34,8 +35,8 @@ from runtime.device import (
     set_tf32,
 )
 from sampling.grid import caption, cell_size, grid_layout, labelled_grid
-from sampling.load import build_guidance, load_model
-from sampling.options import add_options, advise_smaller, check_options
+from sampling.load import build_guidance, find_hierarchy, load_model
+from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
 
 EXAMPLES = """
@@ -58,6 +59,11 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         help=f'indices or names, such as 207 or "Vulpes vulpes", or all; if not given, {DEFAULT_CLASSES} evenly spaced ones',
     )
+    add(
+        "--list",
+        metavar="TEXT",
+        help="print the classes with TEXT in a name, such as fox or Canidae, and exit; without --ckpt iNaturalist's",
+    )
     add("--per-class", type=int, default=1, help="images of each class")
     add("--seed", type=int, default=0, help="seed of the noise")
     add(
@@ -69,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="images per forward pass; --seed-mode official uses --per-class")
     add = parser.add_argument_group("output").add_argument
     add("--sample-dir", default="samples", help="folder for the images")
-    return parser.parse_args()
+    return parse_with_preset(parser)
 
 
 def check_settings(args: argparse.Namespace):
@@ -101,6 +107,15 @@ def select_labels(classes: list[str] | None, hierarchy: Hierarchy) -> list[int]:
     if classes == ["all"]:
         return list(range(hierarchy.num_classes))
     return list(dict.fromkeys(hierarchy.find(query) for query in classes))
+
+
+def list_classes(args: argparse.Namespace):
+    """Print label, name and superclass of the classes that --list names."""
+    hierarchy = find_hierarchy(args)
+    titles = names.titles(hierarchy)
+    for label in names.matches(hierarchy, args.list):
+        superclass = f"  [{hierarchy.superclasses[hierarchy.parents[label]]}]" if hierarchy.has_parents else ""
+        print(f"{label:5d}  {titles[label]}{superclass}")
 
 
 def images_per_pass(args: argparse.Namespace) -> int:
@@ -141,7 +156,7 @@ def sample_batches(
 def sample(args: argparse.Namespace):
     """Sample the images of --classes and save them with a grid."""
     # Load model:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     check_gpu(device)
     set_tf32(args.tf32)
     precision = resolve_precision("no" if args.seed_mode == "official" else args.mixed_precision, device)
@@ -166,6 +181,7 @@ def sample(args: argparse.Namespace):
 
     # Sample, and save each image:
     folder, class_folders, images, captions = Path(args.sample_dir), folder_names(hierarchy.classes), [], []
+    class_names = names.full_names(hierarchy)
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
         for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half):
@@ -175,7 +191,7 @@ def sample(args: argparse.Namespace):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
                 if label in in_grid and position < shown:
                     images.append(image)
-                    captions.append(caption(hierarchy.classes[label]))
+                    captions.append(caption(class_names[label]))
             bar.update(len(batch))
 
     # Save the grid:
@@ -186,6 +202,8 @@ def sample(args: argparse.Namespace):
 
 def main():
     args = parse_args()
+    if args.list is not None:
+        return list_classes(args)
     check_settings(args)
     sample(args)
 

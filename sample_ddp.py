@@ -38,7 +38,7 @@ from runtime.device import (
 from runtime.files import sha256
 from runtime.processes import agree, agree_in_turns, agree_on_main, keep_process_group, start_processes
 from sampling.load import build_guidance, load_model
-from sampling.options import add_options, advise_smaller, check_options
+from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
 from sampling.store import FORMATS, Store, Writer
 
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=FORMATS, default="png", help="form of the images")
     add("--sample-dir", default="samples", help="folder of all runs")
     add("--name", help="folder of this run; if not given, made of model, checkpoint, size, vae, scale, steps and seed")
-    return parser.parse_args()
+    return parse_with_preset(parser)
 
 
 def check_settings(args: argparse.Namespace, world: int):

@@ -15,6 +15,11 @@ DIT_FILES = {  # name: SHA-256, or None if it is not known
     "DiT-XL-2-256x256.pt": "9ec1876e4c03471bca126663a30e2d1b20610b6d2f87850a39a36f25cc685521",
     "DiT-XL-2-512x512.pt": None,
 }
+RELEASED = {  # checkpoints of the official release: name: where to get it
+    "FineDiffusion-iNat.pt": "https://drive.google.com/file/d/1BdwaIgSrAhI6qSuJkkSOtVrVNh-puNwC/view",
+    "FineDiffusion-iNat-512.pt": "https://drive.google.com/file/d/1EjMxlp3GbBkiNf9ObtTzT7aiAwc3qoDf/view",
+    "FineDiffusion-VegFru.pt": "https://drive.google.com/file/d/1YZm83UnNbYdM-sw1vBcacc8DUa7r7uD_/view",
+}
 DIT_FOLDER = Path("pretrained_models")
 
 
@@ -27,6 +32,12 @@ def find_weights(name: str | os.PathLike) -> Path:
     if not path.is_file():
         atomic_write(path, lambda part: download_file(DIT_URL + path.name, part, DIT_FILES[path.name]))
     return path
+
+
+def where_to_get(path: str | os.PathLike) -> str:
+    """Return what to do if there is no file of weights at `path`."""
+    url = RELEASED.get(Path(path).name)
+    return f"download it from {url} to this path" if url else "check the path"
 
 
 def find_starting_weights(resume: str | None, model: str, image_size: int) -> Path | None:

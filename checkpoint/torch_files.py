@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.download import where_to_get
 from runtime.text import one_line, shorten
 
 RETRY_HINT = "download it again, or name another file"
@@ -32,7 +33,7 @@ KNOWN_NAMES = re.compile(  # the globals of tensors, plain values and the flags 
 def check_file(path: str | os.PathLike):
     """Raise ValueError if there is no such file, and OSError if it cannot be read."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}, expected weights: check the path.")
+        raise ValueError(f"There is no file {path}, expected weights: {where_to_get(path)}.")
     with open(path, "rb"):  # safetensors reports an unreadable file as absent
         pass
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from hierarchy import names
 from hierarchy.layouts import (
     annotation_names,
     check_unique_folders,
@@ -35,7 +36,6 @@ from hierarchy.layouts import (
     subfolders,
     vegfru_prefixes,
 )
-from hierarchy.search import find_name
 from runtime.text import one_line
 
 BUILT_IN = Path(__file__).resolve().parent
@@ -103,6 +103,11 @@ class Hierarchy:
     def numbered(self) -> bool:
         """True if the names of the classes are their zero-padded labels."""
         return self.classes == numbered_names(self.num_classes)
+
+    @property
+    def is_inat2021(self) -> bool:
+        """True for the built-in hierarchy inat2021, which the released checkpoints have: its classes are numbers."""
+        return self.numbered and self == Hierarchy.load("inat2021")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Hierarchy) and self.digest() == other.digest()
@@ -226,7 +231,7 @@ class Hierarchy:
             if 0 <= int(query) < self.num_classes:
                 return int(query)
             raise ValueError(f"Class {query} is out of range: {self.name} has 0..{self.num_classes - 1}.")
-        return find_name(query, self.classes, self.name, self.numbered)
+        return names.find_class(self, query)
 
 
 def numbered_names(count: int) -> tuple[str, ...]:

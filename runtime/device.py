@@ -18,6 +18,11 @@ COMPILE_HELP = "torch.compile every block; if not given, on a GPU in runs long e
 COMPILED_STEPS = 1000  # fewest steps of a run that is compiled unasked; compiling takes a minute
 
 
+def best_device() -> str:
+    """Return "cuda", or "mps" for the GPU of an Apple computer, or "cpu" without a GPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_gpu(device: str | torch.device):
     """Raise ValueError if the installed torch has no kernels for this GPU, before the first kernel fails."""
     if torch.device(device).type != "cuda":

@@ -8,7 +8,7 @@ import torch
 from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.description import ModelDescription
 from checkpoint.download import find_weights
-from checkpoint.format import is_adapter, read_weights
+from checkpoint.format import is_adapter, read_description, read_weights
 from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weights, load_weights
 from finetune import kind_of, merge_lora, store_frozen
 from guidance import Guidance, check_guidance
@@ -37,6 +37,16 @@ def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
         f"Found no hierarchy for {num_classes} classes and {num_super_classes} superclasses, expected one: pass --hierarchy, a "
         ".json file or an image folder."
     )
+
+
+def find_hierarchy(args: argparse.Namespace) -> Hierarchy:
+    """Return the hierarchy that the flags name, without reading weights; without --ckpt iNaturalist's."""
+    if args.hierarchy:
+        return Hierarchy.load(args.hierarchy)
+    if is_adapter(args.ckpt):
+        return read_description(args.ckpt).hierarchy
+    flags = {key: getattr(args, key) or PAPER_DEFAULTS[key] for key in ("num_classes", "num_super_classes")}
+    return infer_hierarchy(**flags)
 
 
 def load_checkpoint_model(

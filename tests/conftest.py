@@ -19,6 +19,7 @@ cases, figure = reliability.cases, reliability.figure
 torch.set_num_threads(1)  # the models are tiny: more threads wait for each other, see also one_thread
 if os.environ.get("FD_GPU") != "1":  # only tests/gpu uses GPUs, see helpers/gpu.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used: the suite runs on the CPU, on GPU nodes too
+os.environ["FINEDIFFUSION_CACHE"] = os.devnull  # no names of species but those of a test
 os.environ["HF_HUB_OFFLINE"] = "1"  # for other processes
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.ones(1, requires_grad=True).sum().backward()  # start autograd without threads, so that tests may fork

@@ -19,6 +19,7 @@ PROGRAMS = [
     "tools.encode_latents",
     "tools.export",
     "tools.figures.__main__",
+    "tools.names",
     "benchmarks.loading",
     "benchmarks.precision",
     "benchmarks.solvers",

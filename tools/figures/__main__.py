@@ -54,7 +54,7 @@ def output_stem(text: str) -> Path:
 
 def add_sampling_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()):
     """Add the flags of sample.py, except those in `without`, and the choice of classes."""
-    add_options(parser, without)
+    add_options(parser, ("--preset", *without))
     add = parser.add_argument_group("images").add_argument
     add(
         "--classes",
