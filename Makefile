@@ -3,6 +3,8 @@
 # make quickstart   draw images, fine-tune, sample and evaluate: minutes on a CPU
 # make study        compare all methods on the quick start's data, with three seeds each: one to two hours
 # make torture      run the reliability tests in full and write benchmarks/reliability.md
+# make gpu          run the tests of a GPU and measure it, in nine minutes, see docs/gpu.md
+# make gpu-quick    the same in three minutes, with the most important tests and cases
 # make clean        delete the results of quickstart and study
 # All need only Python 3.11 with pip and install everything else into .venv.
 
@@ -17,7 +19,7 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae examples/glyphs/vae
 
-.PHONY: test torture lint quickstart study clean
+.PHONY: test torture lint gpu gpu-quick quickstart study clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -28,6 +30,22 @@ torture: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# GPU_PY is the Python of a node without a network, REFERENCE a checkout of the official code, NAME that of the results.
+# The exit code is that of the tests.
+GPU_PY := $(PY)
+GPU_BENCH = $(GPU_PY) -m benchmarks.gpu --tests .gpu-tests.xml $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(NAME),--name $(NAME))
+GPU_TESTS = $(GPU_PY) -m pytest -q -m gpu tests/gpu --durations=8 --junitxml=.gpu-tests.xml
+GPU_FEW := attention or layout or forward or gradients or waits or pictures
+
+gpu: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
+	rm -f .gpu-tests.xml
+	FD_GPU=1 timeout -s INT -k 10 200 $(GPU_TESTS); tests=$$?; $(GPU_BENCH) --minutes 5; exit $$tests
+
+gpu-quick: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
+	rm -f .gpu-tests.xml
+	FD_GPU=1 timeout -s INT -k 10 60 $(GPU_TESTS) -k "($(GPU_FEW)) and not compiled"; tests=$$?; \
+	  $(GPU_BENCH) --quick --minutes 1.8; exit $$tests
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
