@@ -171,13 +171,19 @@ def build_guidance(args: argparse.Namespace, model: DiT) -> Guidance:
 
 
 def read_own_adapter(args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], ModelDescription]:
-    """Read the trained parameters in --ckpt. Raises ValueError if it is not an adapter."""
+    """Read the trained parameters in --ckpt. Raises ValueError if it is not an adapter, or a patch."""
     if not is_adapter(args.ckpt):
         raise ValueError(
             f"--ckpt is {args.ckpt}, expected an adapter, whose trained parameters --guidance {args.guidance} swaps: pass one, "
             "or choose another guidance."
         )
-    return read_weights(args.ckpt)
+    tensors, description = read_weights(args.ckpt)
+    if description.patch_rows:
+        raise ValueError(
+            f"--ckpt is {args.ckpt}, which holds new rows of the class table alone, expected an adapter whose parameters "
+            f"--guidance {args.guidance} can swap: merge it with tools.merge, or choose another guidance."
+        )
+    return tensors, description
 
 
 def read_weak_weights(args: argparse.Namespace) -> dict[str, torch.Tensor]:

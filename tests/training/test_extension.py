@@ -92,6 +92,8 @@ def test_samples_of_old_classes_are_the_same_files(extended, adapter, tmp_path):
         {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.png")} for n in ("old", "new")
     ]
     assert files[0] == files[1] and len(files[0]) >= 4
+    result = call(sample.main, "--ckpt", path, "--guidance", "autoguidance", "--weak", path)
+    assert result.code == 2 and "merge it with tools.merge, or choose another guidance" in result.err
     result = call(
         sample.main, "--ckpt", path, "--classes", "wren", "--sample-dir", tmp_path / "wren", "--num-sampling-steps", 2
     )
