@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
@@ -159,6 +160,20 @@ class FinalLayer(nn.Module):
         return self.linear(norm_and_modulate(self.norm_final, x, shift, scale))
 
 
+class JointModulation(nn.Module):
+    """The modulation layers of several parts as one matrix product; copies the parameters of `layers`."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
+        self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]))
+
+    def forward(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """c: (N, D) condition -> (N, out_features) of each layer."""
+        return F.linear(F.silu(c), self.weight, self.bias).split(self.sizes, dim=-1)
+
+
 class DiT(nn.Module):
     """Diffusion transformer, conditioned on a timestep and on a row of the tiered class table.
 
@@ -221,6 +236,7 @@ class DiT(nn.Module):
 
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.joint_modulation = None  # see join_modulations
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -252,6 +268,16 @@ class DiT(nn.Module):
         for part in (*self.blocks, self.final_layer):
             part.compile(**options)
 
+    def join_modulations(self) -> None:
+        """Compute the modulations of all layers by one matrix product, in place: for small batches without gradients.
+
+        The parameters of these layers leave the state dict.
+        """
+        parts = (*self.blocks, self.final_layer)
+        self.joint_modulation = JointModulation([part.adaLN_modulation[1] for part in parts])
+        for part in parts:
+            part.adaLN_modulation = nn.Identity()  # the part receives its modulation in place of the condition
+
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """Turn patches (N, T, p * p * out_channels) into images (N, out_channels, H, W)."""
         n, tokens, _ = x.shape
@@ -274,11 +300,12 @@ class DiT(nn.Module):
         t = self.t_embedder(t)  # (N,) -> (N, D)
         y = self.y_embedder(y, self.training, force_drop_ids)  # (N,) -> (N, D)
         c = t + y  # (N, D)
-        for block in self.blocks:  # (N, T, D)
+        *conditions, c = [c] * (len(self.blocks) + 1) if self.joint_modulation is None else self.joint_modulation(c)
+        for block, condition in zip(self.blocks, conditions):  # (N, T, D)
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)
+                x = checkpoint(block, x, condition, use_reentrant=False)
             else:
-                x = block(x, c)
+                x = block(x, condition)
         x = self.final_layer(x, c)  # (N, T, D) -> (N, T, p * p * out_channels)
         return self.unpatchify(x)  # (N, out_channels, H, W)
 

@@ -35,9 +35,10 @@ from runtime.device import (
     set_tf32,
 )
 from sampling.grid import caption, cell_size, grid_layout, labelled_grid
-from sampling.load import build_guidance, find_hierarchy, load_model
+from sampling.load import SWAPPING, build_guidance, find_hierarchy, load_model
 from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, sample_latents_official, to_uint8
+from sampling.speed import speed_up
 
 EXAMPLES = """
 python sample.py --ckpt results/inat/adapters/0200000.safetensors --classes "Vulpes vulpes" 207 --per-class 4
@@ -130,12 +131,14 @@ def sample_batches(
     autoencoder: Autoencoder,
     jobs: list[tuple[int, int]],
     half: torch.dtype | None,
+    compiled: bool,
 ) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
     """Yield (jobs, uint8 images (n, 3, H, W)) batch by batch.
 
-    jobs: (label, position) of each image; half: half-precision type of the network, or None. Raises ValueError if an image
-    is not finite.
+    jobs: (label, position) of each image; half: half-precision type of the network, or None; compiled: whether it is
+    compiled. Raises ValueError if an image is not finite.
     """
+    fill = min(args.batch_size, len(jobs)) if compiled else 0
     official, steps, size = args.seed_mode == "official", args.num_sampling_steps, images_per_pass(args)
     for i in range(0, len(jobs), size):
         batch = jobs[i : i + size]
@@ -147,7 +150,8 @@ def sample_batches(
                 latents = sample_latents_official(model, labels, seed=args.seed, steps=steps, **options)
             else:
                 keys = [(args.seed, label, position) for label, position in batch]
-                latents = sample_keyed(model, labels, keys, guidance, sampler=args.sampler, steps=steps, autocast=half)
+                options = dict(sampler=args.sampler, steps=steps, autocast=half, fill=fill)
+                latents = sample_keyed(model, labels, keys, guidance, **options)
             images = autoencoder.decode(latents)
         check_finite_images(images, [f"Image {k} of class {label} of seed {args.seed}" for label, k in batch])
         yield batch, to_uint8(images)
@@ -170,8 +174,7 @@ def sample(args: argparse.Namespace):
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
     batches = math.ceil(len(jobs) / images_per_pass(args))
     compiled = resolve_compile(args.compile, device, args.num_sampling_steps * batches)
-    if compiled:
-        model.compile_blocks()
+    speed_up(model, half, compiled, swaps=args.guidance in SWAPPING)
     if device == "cuda":
         print(describe_computation(device, precision, compiled))
 
@@ -184,7 +187,7 @@ def sample(args: argparse.Namespace):
     class_names = names.full_names(hierarchy)
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="image") as bar:
-        for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half):
+        for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half, compiled):
             for (label, position), image in zip(batch, pixels):
                 path = folder / class_folders[label] / f"{position:06d}.png"
                 path.parent.mkdir(exist_ok=True)

@@ -37,9 +37,10 @@ from runtime.device import (
 )
 from runtime.files import sha256
 from runtime.processes import agree, agree_in_turns, agree_on_main, keep_process_group, start_processes
-from sampling.load import build_guidance, load_model
+from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
+from sampling.speed import speed_up
 from sampling.store import FORMATS, Store, Writer
 
 EXAMPLES = """
@@ -192,9 +193,8 @@ def sample(args: argparse.Namespace):
     model, description, autoencoder = agree_in_turns(state, load_model, args, device, half)
     # as many steps as in batches of 32 in one process, so that a run continues on any number of processes
     compiled = resolve_compile(args.compile, device, args.num_sampling_steps * count // 32)
-    if compiled:
-        model.compile_blocks()
     guidance = agree(state, build_guidance, args, model)
+    speed_up(model, half, compiled, swaps=args.guidance in SWAPPING)
 
     # Choose labels:
     hierarchy = description.hierarchy
@@ -210,7 +210,8 @@ def sample(args: argparse.Namespace):
 
     def generate(numbers):
         keys = [(args.global_seed, k) for k in numbers]
-        options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half)
+        fill = batch_size if compiled else 0
+        options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half, fill=fill)
         with explain_full_memory(len(numbers), advise_smaller("--per-proc-batch-size", len(numbers))):
             return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
 

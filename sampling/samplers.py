@@ -178,14 +178,19 @@ def sample_keyed(
     steps: int = 250,
     progress: bool = False,
     autocast: torch.dtype | None = None,
+    fill: int = 0,
 ) -> torch.Tensor:
     """Return latents (N, C, h, w) of `labels` (N,); see `run_sampler`.
 
     keys      a tuple for each image, which determines everything random in it
     autocast  half precision of the model, torch.bfloat16 or torch.float16, or None
+    fill      sample at least this many images, of which only the N are returned: a compiled model would compile again for
+              a smaller batch
     """
-    device = model.pos_embed.device
-    labels = torch.as_tensor(labels, device=device)
+    device, images = model.pos_embed.device, len(labels)
+    more = max(0, fill - images)
+    labels, keys = torch.as_tensor(labels, device=device), [*keys, *keys[:1] * more]
+    labels = torch.cat([labels, labels[:1].expand(more)])
     streams = [noise_stream(*key) for key in keys]
     shape = (model.in_channels, model.input_size, model.input_size)
     prediction = guided(model, labels, guidance, keys)
@@ -194,7 +199,7 @@ def sample_keyed(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             return prediction(x, t).float()
 
-    return run_sampler(predict, lambda: draw_noise(streams, shape, device), sampler, steps, progress)
+    return run_sampler(predict, lambda: draw_noise(streams, shape, device), sampler, steps, progress)[:images]
 
 
 def sample_latents(

@@ -25,8 +25,9 @@ from hierarchy import Hierarchy
 from runtime.device import check_gpu, half_dtype, resolve_precision, set_tf32
 from runtime.text import one_line, shorten
 from sampling.grid import caption
-from sampling.load import build_guidance, load_model
+from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.samplers import sample_keyed, to_uint8
+from sampling.speed import speed_up
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def load_source(args: argparse.Namespace, path: str | os.PathLike) -> Source:
     half = half_dtype(resolve_precision(args.mixed_precision, device))
     model, description, autoencoder = load_model(args, device, half)
     guidance = build_guidance(args, model)
-    if args.compile:
-        model.compile_blocks()
+    speed_up(model, half, bool(args.compile), swaps=args.guidance in SWAPPING)
     return Source(model, description, autoencoder, guidance, half)
 
 
