@@ -2,10 +2,11 @@
 # make lint         check the style
 # make quickstart   draw images, fine-tune, sample and evaluate: minutes on a CPU
 # make study        compare all methods on the quick start's data, with three seeds each: one to two hours
+# make tune         tune methods on the quick start's data, each with the same number of trials: hours
 # make torture      run the reliability tests in full and write benchmarks/reliability.md
 # make gpu          run the tests of a GPU and measure it, in nine minutes, see docs/gpu.md
 # make gpu-quick    the same in three minutes, with the most important tests and cases
-# make clean        delete the results of quickstart and study
+# make clean        delete the results of quickstart, study and tune
 # All need only Python 3.11 with pip and install everything else into .venv.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae examples/glyphs/vae
 
-.PHONY: test torture lint gpu gpu-quick quickstart study clean
+.PHONY: test torture lint gpu gpu-quick quickstart study tune clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -74,9 +75,12 @@ quickstart: .venv/installed
 	for w in $(SCALES); do $(PY) evaluate.py $(Q)/held-out $(Q)/w$$w $(READER) --num-workers 0 \
 	  --output $(Q)/evaluation/w$$w || exit; done
 
-# if it is interrupted, the same command resumes
+# if they are interrupted, the same command resumes
+tune: .venv/installed $(Q)/train
+	$(PY) -m examples.glyphs.tune --data $(Q) --out tuning --train "$(TRAIN)"
+
 study: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.study --data $(Q) --out study --train "$(TRAIN)"
 
 clean:
-	rm -rf $(Q) study
+	rm -rf $(Q) study tuning

@@ -16,7 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -77,14 +77,16 @@ def shuffle_superclasses(hierarchy: Hierarchy, seed: int) -> Hierarchy:
     return Hierarchy(hierarchy.classes, hierarchy.superclasses, parents, "shuffled")
 
 
-def train_all(args: argparse.Namespace, hierarchy: Hierarchy) -> dict[tuple[str, int], Path]:
+def train_all(
+    args: argparse.Namespace, hierarchy: Hierarchy, methods: dict[str, list[str]]
+) -> dict[tuple[str, int], Path]:
     """Train every method with every seed, `--jobs` at a time; return {(method, seed): adapter}.
 
-    train.py resumes or skips the runs that already exist.
+    methods: {name: flags of train.py}. train.py resumes or skips the runs that already exist.
     """
     out = args.out
     latents = {"latents": []}  # folder: flags of its encoding
-    for seed in args.seeds if SHUFFLED in METHODS else ():
+    for seed in args.seeds if SHUFFLED in methods else ():
         spec, text = out / f"shuffled-{seed}.json", json.dumps(shuffle_superclasses(hierarchy, seed).to_dict())
         atomic_write(spec, lambda part, text=text: part.write_text(text))
         latents[f"latents-shuffled-{seed}"] = ["--hierarchy", spec]
@@ -92,7 +94,7 @@ def train_all(args: argparse.Namespace, hierarchy: Hierarchy) -> dict[tuple[str,
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
     folders = {
-        (method, seed): out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}" for method in METHODS for seed in args.seeds
+        (method, seed): out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}" for method in methods for seed in args.seeds
     }
 
     def train(job):
@@ -100,7 +102,7 @@ def train_all(args: argparse.Namespace, hierarchy: Hierarchy) -> dict[tuple[str,
         name = f"latents-shuffled-{seed}" if method == SHUFFLED else "latents"
         flags = ["--latents", out / name, "--results-dir", out / "runs", "--experiment", folders[job].name]
         flags += ["--global-seed", seed, "--preview-images", 0]
-        run("train.py", *shlex.split(args.train), *flags, *METHODS[method])
+        run("train.py", *shlex.split(args.train), *flags, *methods[method])
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(train, folders), total=len(folders), desc="training", unit="run"))
@@ -140,7 +142,11 @@ def compute_metrics(
 
 
 def sample_all(
-    args: argparse.Namespace, adapters: dict[tuple[str, int], Path], autoencoder: Autoencoder, measure: Callable
+    args: argparse.Namespace,
+    adapters: dict[tuple[str, int], Path],
+    autoencoder: Autoencoder,
+    measure: Callable,
+    scales: Sequence[float],
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Sample every adapter at every scale; return {method: {scale: {metric: [value for each seed]}}}.
 
@@ -149,7 +155,7 @@ def sample_all(
     rows, kept = {}, args.out / "figures.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     for (method, seed), path in tqdm(adapters.items(), desc="sampling", unit="adapter"):
-        for scale in SCALES:
+        for scale in scales:
             key = f"{method} {seed} {scale} {path.name} {args.per_class}"
             if key not in known:
                 known[key] = measure(*sample(path, autoencoder, scale, args.per_class))
@@ -187,6 +193,11 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder with the glyphs train/ and held-out/")
     add("--out", type=Path, required=True, help="folder for runs and results; the same one resumes")
     add("--train", required=True, help="flags of train.py that all methods share")
+    add(
+        "--methods",
+        type=Path,
+        help="JSON file {name: flags of train.py}, as from the tuning; if not given, all methods",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds of each method")
     add("--per-class", type=int, default=4, help="images to sample per class")
     add("--jobs", type=int, default=2, help="training runs at a time, each on one core")
@@ -196,14 +207,15 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     hierarchy = Hierarchy.from_folder(args.data / "train")
-    adapters = train_all(args, hierarchy)
+    methods = json.loads(args.methods.read_text()) if args.methods else METHODS
+    adapters = train_all(args, hierarchy, methods)
     features, reader = read.train_reader(*read.load_images(args.data / "train", hierarchy), hierarchy.num_classes)
     images, labels = read.load_images(args.data / "held-out", hierarchy)
     real = features_root(read.run_network(features, images))
     measure = partial(compute_metrics, reader, features, parents=hierarchy.parents, real=real)
 
     found = measure(images, labels)
-    rows = sample_all(args, adapters, load_autoencoder("examples/glyphs/vae"), measure)
+    rows = sample_all(args, adapters, load_autoencoder("examples/glyphs/vae"), measure, SCALES)
     report = json.dumps({REAL: found} | rows, indent=1) + "\n"
     atomic_write(args.out / "study.json", lambda part: part.write_text(report))
     text = (

@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny_models import make, refusal
 
 import train
-from examples.glyphs import draw, read, study
+from examples.glyphs import draw, read, study, tune
 from hierarchy import Hierarchy
 from tools import encode_latents
 
@@ -42,9 +42,8 @@ def test_each_seed_has_its_own_shuffled_superclasses(tmp_path, monkeypatch):
             encoded[flags["--out"]] = Hierarchy.load(flags["--hierarchy"]) if "--hierarchy" in flags else classes
 
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "METHODS", {study.SHUFFLED: [], "bitfit": []})
     args = SimpleNamespace(seeds=[3, 4, 5], data=tmp_path, out=tmp_path, train="", jobs=1)
-    assert len(study.train_all(args, classes)) == 6
+    assert len(study.train_all(args, classes, {study.SHUFFLED: [], "bitfit": []})) == 6
     assert {encoded[trained[f"bitfit-{seed}"]] for seed in args.seeds} == {classes}
     for seed in args.seeds:
         assert encoded[trained[f"finediffusion-shuffled-{seed}"]] == study.shuffle_superclasses(classes, seed)
@@ -54,6 +53,34 @@ def test_each_seed_has_its_own_shuffled_superclasses(tmp_path, monkeypatch):
 def test_a_failed_command_is_named():
     with refusal(r"-c 'import sys; sys.exit\(\"no room\"\)' failed", "no room"):
         study.run("-c", 'import sys; sys.exit("no room")')
+
+
+def test_tuning_gives_each_method_the_same_number_of_trials_and_takes_the_best(command, tmp_path, monkeypatch):
+    assert len({len(tune.trials(method)) for method in tune.METHODS}) == 1
+    trained, methods = {}, ["finediffusion", "full"]
+
+    def train_all(args, hierarchy, todo):
+        trained.update(todo)
+        return {(name, 0): name for name in todo}
+
+    def sample_all(args, adapters, autoencoder, measure, scales):
+        names = [name for name, _ in adapters]
+        assert scales == [2.0]
+        return {name: {"2.0": {"distance": [abs(names.index(name) % 12 - 7)], "class": [0.5]}} for name in names}
+
+    monkeypatch.setattr(study, "train_all", train_all)
+    monkeypatch.setattr(study, "sample_all", sample_all)
+    monkeypatch.setattr(draw, "CLASSES_FILE", tmp_path / "glyphs.json")
+    monkeypatch.setattr(read, "STEPS", 1)
+    (tmp_path / "glyphs.json").write_text(json.dumps({"new": SIX}))
+    draw.write_images(tmp_path / "data/train", "new", False, 2, seed=0)
+    flags = "--data", tmp_path / "data", "--out", tmp_path, "--train", "", "--methods", *methods
+    result = command(tune.main, *flags)
+    assert result.code == 0, result.err
+    chosen = json.loads((tmp_path / "tuned.json").read_text())
+    assert list(chosen) == methods and len(trained) == 24
+    for method in methods:
+        assert chosen[method] == list(tune.trials(method).values())[7]
 
 
 def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
