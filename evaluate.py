@@ -106,23 +106,25 @@ def make_plans(
     dims: of `Networks.output_dims`
     """
     parents = opened.hierarchy.parents.numpy() if opened.hierarchy else np.zeros(1, dtype=np.int64)
-    counts, labels = len(opened.present) and parents.max() + 1, [each.labels for each in opened.sets]
     options = dict(keep=args.keep_features, seed=args.seed)
     options["dims"] = sum(dims[network]["features"] for network in networks.features)
     options["lpips_dims"] = dims[networks.lpips]["features"] if networks.lpips else 0
-    half_sizes, plans = None, []
-    for i, of_set in enumerate(labels):
-        if args.floor == HALVES and i == 0:  # halves of the real set, each with at most as many images as FAKE
-            other = of_set if labels[-1] is None else labels[-1]
-            half_sizes = np.bincount(parents[other], minlength=max(1, counts))
-        elif args.floor == HALVES:  # and as many images of FAKE as one of them has
-            real = plans[0]
-            half_sizes = np.bincount(real.superclass[real.half == 0], minlength=max(1, counts))
-        plans.append(
-            None if of_set is None else make_plan(of_set, parents, half_sizes=half_sizes, one_half=i, **options)
-        )
-    second = opened.second and make_plan(opened.second.images.labels, parents, **options)
-    return [*plans, second]
+
+    def plan(images, **more):
+        return None if images.labels is None else make_plan(images.labels, parents, **options, **more)
+
+    def count(superclass):
+        return np.bincount(superclass, minlength=parents.max() + 1)
+
+    real, *fake = opened.sets
+    if args.floor == HALVES and fake:
+        # halves of REAL with at most as many images as FAKE, then as many images of FAKE as a half has
+        most = real.labels if fake[0].labels is None else fake[0].labels
+        plans = [plan(real, half_sizes=count(parents[most]))]
+        plans.append(plan(fake[0], half_sizes=count(plans[0].superclass[plans[0].half == 0]), one_half=True))
+    else:
+        plans = [plan(each) for each in opened.sets]
+    return [*plans, opened.second and plan(opened.second.images)]
 
 
 def measure_sets(
@@ -136,22 +138,21 @@ def measure_sets(
 
     Return None for each set of images on all processes but the main one, and for a second set that is not given.
     """
-    measured = []
     plans = make_plans(args, opened, networks, dims) if dims else [None] * 3
+    measured = []
     for i, (plan, images) in enumerate(zip(plans, [*opened.pixels, opened.second])):
-        if images is None and i < len(opened.sets):
+        if images is not None:
+            limit = max(1, len(images) // 100) if args.max_bad_images is None else args.max_bad_images
+            used = networks if images is not opened.second else Networks(networks.features)
+            options = dict(title=images.images.path.name, max_bad_images=limit)
+            result = run_pass(images, plan, used, device, args.batch_size, args.num_workers, **options)
+            measured.append(result and MeasuredSet(result, opened.size, float64_device(device)))
+        elif i < len(opened.sets):
             lpips = networks.lpips and networks.lpips.record
             superclasses = opened.hierarchy and opened.hierarchy.superclasses
             measured.append(SavedSet(opened.sets[i], superclasses, networks.features[0].name, lpips))
-            continue
-        if images is None:
+        else:
             measured.append(None)
-            continue
-        limit = max(1, len(images) // 100) if args.max_bad_images is None else args.max_bad_images
-        used = networks if images is not opened.second else Networks(networks.features)
-        options = dict(title=images.images.path.name, max_bad_images=limit)
-        result = run_pass(images, plan, used, device, args.batch_size, args.num_workers, **options)
-        measured.append(result and MeasuredSet(result, opened.size, float64_device(device)))
     return measured
 
 
