@@ -211,7 +211,11 @@ def run_pass(
     own = batches[rank * len(batches) // world : (rank + 1) * len(batches) // world]
     sums = PassSums(images, plan, networks, device)
     if sums.sum_bytes() > MUCH_MEMORY and not rank:
-        print(f"{title}: the sums over superclasses take {sums.sum_bytes() / 1e9:.1f} GB per process", file=sys.stderr)
+        place = f" of {device}" if device.type == "cuda" else ""
+        print(
+            f"{title}: the sums over superclasses take {sums.sum_bytes() / 1e9:.1f} GB{place} per process",
+            file=sys.stderr,
+        )
     loader = DataLoader(images, batch_sampler=own, num_workers=workers, pin_memory=device.type == "cuda")
     seconds, start, unreadable = {"total": 0.0, "network": 0.0}, time.perf_counter(), []
     with tqdm(total=sum(map(len, own)), unit="image", desc=title, disable=rank > 0, leave=False) as bar:
