@@ -20,6 +20,7 @@ PROGRAMS = [
     "tools.export",
     "tools.figures.__main__",
     "tools.names",
+    "benchmarks.gpu",
     "benchmarks.loading",
     "benchmarks.precision",
     "benchmarks.solvers",
