@@ -66,12 +66,14 @@ def our_training(
     parameters = select(model, METHODS[method])
     store_frozen(model, DTYPES[half])
     model.train()
+    diffusion = create_diffusion("")
     if bench.compiled if compiled is None else compiled:
         model.compile_blocks()
+        diffusion.compile_losses()
     ema = EMA(parameters, 0.9999)
     wrapped, optimizer = accelerator.prepare(model, adamw(parameters, 1e-4, 1e-4))
     update = GuardedOptimizer(accelerator, optimizer, parameters.values())
-    diffusion, numbers = create_diffusion(""), itertools.count()
+    numbers = itertools.count()
 
     def step(x, y, noise=None):
         restore_accelerator_state(state)
