@@ -41,11 +41,11 @@ GPU_FEW := attention or layout or forward or gradients or waits or pictures
 
 gpu: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
 	rm -f .gpu-tests.xml
-	FD_GPU=1 timeout -s INT -k 10 200 $(GPU_TESTS); tests=$$?; $(GPU_BENCH) --minutes 5; exit $$tests
+	FD_GPU=1 FD_GPU_SECONDS=180 timeout -s INT -k 20 210 $(GPU_TESTS); tests=$$?; $(GPU_BENCH) --minutes 5; exit $$tests
 
 gpu-quick: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
 	rm -f .gpu-tests.xml
-	FD_GPU=1 timeout -s INT -k 10 60 $(GPU_TESTS) -k "($(GPU_FEW)) and not compiled"; tests=$$?; \
+	FD_GPU=1 FD_GPU_SECONDS=45 timeout -s INT -k 10 60 $(GPU_TESTS) -k "($(GPU_FEW)) and not compiled"; tests=$$?; \
 	  $(GPU_BENCH) --quick --minutes 1.8; exit $$tests
 
 .venv/installed: requirements.txt pyproject.toml

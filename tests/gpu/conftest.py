@@ -1,6 +1,10 @@
-"""Skip the tests without a GPU; give each its precision, and leave the settings of torch as they were."""
+"""Skip the tests without a GPU; give each its precision, and leave the settings of torch as they were.
+
+With FD_GPU_SECONDS, tests that would begin after so many seconds are skipped.
+"""
 
 import os
+import time
 from contextlib import suppress
 
 import pytest
@@ -20,6 +24,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    seconds = float(os.environ.get("FD_GPU_SECONDS", "inf"))
+    if time.monotonic() - BEGUN > seconds:
+        pytest.skip(f"no time left after {seconds:.0f} s")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Sampling on a GPU against the CPU: noise, samplers, guidances, batches, waits."""
+"""Sampling on a GPU against the CPU: noise, samplers, guidances, batches, waits, recorded forward passes."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from helpers.gpu import (
 from guidance import FORMULAS, Guidance, guided
 from runtime.device import DTYPES
 from sampling.samplers import SAMPLERS, draw_noise, noise_stream, sample_keyed, to_uint8
+from sampling.speed import Graphs, linear_gelu, speed_up
 
 CPU = torch.device("cpu")
 
@@ -96,7 +97,7 @@ def test_guidances(kind):
         assert_close(mine, expected, 1e-4)
 
 
-# ---- waits ---------------------------------------------------------------------------------------
+# ---- waits and speed ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["superclass", "chain", "interval"])
@@ -110,3 +111,38 @@ def test_no_waits_in_sampling(cuda_only, sampler, kind):
         torch.cuda.set_sync_debug_mode(mode)
         options = dict(sampler=sampler, steps=4, autocast=DTYPES[half_precision()])
         sample_keyed(model, labels, [(0, 0), (0, 1)], guidance, **options)
+
+
+@pytest.mark.parametrize("kind", ["superclass", "autoguidance", "domain"])
+def test_graph(cuda_only, kind):
+    """Recorded forward passes are the eager ones bit for bit: two batch sizes in turn, swapped weights, two guidances."""
+    exact()
+    plain, graphed = sampling_dit(DEVICE), sampling_dit(DEVICE)
+    graphed.forward = Graphs(graphed.forward, graphed.y_embedder.embedding_table.weight, 16)
+    predictions = {}
+    for model in (plain, graphed):
+        guidance = guidance_of(kind, model)
+        fs = [guided(model, torch.arange(n, device=DEVICE), guidance, [(0, k) for k in range(n)]) for n in (2, 5)]
+        found = predictions[model] = []
+        for t in (900, 500, 0):
+            for f, n in zip(fs, (2, 5)):
+                found.append(f(draw(n, 3, 8, 8, seed=t).to(DEVICE), t).clone())
+    for mine, expected in zip(predictions[graphed], predictions[plain]):
+        assert_same({"": mine}, {"": expected})
+    assert len(graphed.forward.recorded) == (2 if kind == "superclass" else 4)
+
+
+@pytest.mark.parametrize("half", ["no", "half"])
+def test_speed_up(half):
+    """All that makes sampling faster changes latents by rounding alone, and GELU in the product is GELU."""
+    dtype = None if half == "no" else DTYPES[half_precision()]
+    latents = []
+    for fast in (False, True):
+        model = sampling_dit(DEVICE)
+        if fast:
+            speed_up(model, dtype, compiled=False, swaps=False)
+        latents.append(sample_keyed(model, [0, 3], [(0, 0), (0, 1)], Guidance(scale=2.0), steps=8, autocast=dtype))
+    assert_close(latents[1], latents[0], 1e-4 if half == "no" else 5e-2)
+    x, weight, bias = (draw(*shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate([(8, 64), (96, 64), (96,)]))
+    expected = torch.nn.functional.gelu(x.double() @ weight.double().T + bias.double(), approximate="tanh")
+    assert_close(linear_gelu(x, weight, bias), expected, 1e-5 if half == "no" else 1e-2)

@@ -99,7 +99,7 @@ def test_compiled_graphs(found):
 
 @pytest.mark.parametrize(
     "name, flag",
-    [("backward pass", "--micro-batch 8")],
+    [("backward pass", "--micro-batch 8"), ("sample_ddp", "--per-proc-batch-size 32"), ("sample", "--batch-size 32")],
 )
 def test_out_of_memory_is_one_sentence(found, name, flag):
     code, sentence = part(found, "out of memory", name)
