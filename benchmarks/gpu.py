@@ -72,7 +72,7 @@ class Case:
 
 T, S, G = training_cases, sampling_cases, gpu_cases
 TRAIN_256 = dict(model=XL, batch=64, goal=1 / 2.9, rate=800)
-SAMPLE_256 = dict(model=XL, batch=32, steps=50, goal=1 / 2.2)
+SAMPLE_256 = dict(model=XL, batch=32, steps=50, goal=1 / 2.2, rate=19.5)
 CASES = [
     Case("ceilings", "what the hardware can do", 15, G.ceilings, quick=True),
     Case("train-256", "PEFT step, 256 pixels, batch 64", 65, T.step, TRAIN_256, True, T.step_rate,
@@ -103,7 +103,7 @@ def obstacle(case: Case, left: float) -> str | None:
     lacking = [package for package in case.needs if not importlib.util.find_spec(package)]
     if lacking:
         return f"needs {', '.join(lacking)}"
-    return f"{left:.0f} s left, expected {case.seconds:.0f} s" if case.seconds > left else None
+    return f"{max(0, left):.0f} s left, expected {case.seconds:.0f} s" if case.seconds > left else None
 
 
 def rows_of(case: Case, bench: Bench) -> list[Row]:

@@ -30,6 +30,7 @@ from finetune import METHODS, select, store_frozen
 from guidance import ALL_TIMESTEPS, Guidance
 from runtime.device import DTYPES, resolve_precision
 from sampling.samplers import SAMPLERS, sample_keyed, sample_latents
+from sampling.speed import speed_up
 from training import memory
 
 SIZES = {256: (32, 64), 512: (64, 16)}  # pixels: side of the latents, images in a forward pass
@@ -90,17 +91,19 @@ def training() -> dict:
 
 
 def sampling() -> dict:
-    """Return the counts of one guided step of DiT-XL/2 for each sampler, and for ddpm with a guidance interval."""
+    """Return the counts of one guided step of DiT-XL/2 for each sampler, 32 images, and for one image with ddpm."""
     model = random_dit(Bench("cuda"), "DiT-XL/2", 32).requires_grad_(False)
     store_frozen(model, torch.bfloat16)
-    runs = {name: (name, ALL_TIMESTEPS) for name in SAMPLERS} | {"interval": ("ddpm", (300, 700))}
+    speed_up(model, torch.bfloat16, compiled=False, swaps=False)
+    runs = {name: (name, 32, ALL_TIMESTEPS) for name in SAMPLERS}
+    runs |= {"interval": ("ddpm", 32, (300, 700)), "one image": ("ddpm", 1, ALL_TIMESTEPS)}
     found = {}
-    for name, (sampler, interval) in runs.items():
+    for name, (sampler, images, interval) in runs.items():
 
         def sample(steps):
             guidance = Guidance("superclass", 4.0, interval=interval)  # noqa: B023
             options = dict(sampler=sampler, steps=steps, autocast=torch.bfloat16)  # noqa: B023
-            return sample_keyed(model, [7], [(0, 0)], guidance, **options)
+            return sample_keyed(model, [7] * images, [(0, k) for k in range(images)], guidance, **options)  # noqa: B023
 
         sample(2)
         few, many = (Counters().count(lambda: sample(steps)) for steps in (2, 6))  # noqa: B023
