@@ -3,7 +3,7 @@
 Beside a file of weights may lie two more:
 
     config.json       of a timm model, as the Hugging Face Hub has it: mean, deviation and size of the input, label names
-    NAME.classes.txt  beside the classifier NAME.pt, NAME.safetensors, ...: the class of each output, one a line
+    STEM.classes.txt  beside the classifier STEM.pt, STEM.safetensors, ...: the class of each output, one a line
 """
 
 import json

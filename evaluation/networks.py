@@ -123,7 +123,7 @@ def match_outputs(classifier: Network, count: int, hierarchy: Hierarchy) -> np.n
     if count != hierarchy.num_classes:
         raise ValueError(
             f"The classifier has {count} classes, expected the {hierarchy.num_classes} of {hierarchy.name}: name another, or "
-            "put its class names beside it as NAME.classes.txt."
+            "put its class names beside it as STEM.classes.txt."
         )
     return np.arange(count)
 

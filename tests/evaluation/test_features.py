@@ -221,7 +221,7 @@ def test_class_names_beside_a_classifier(tmp_path):
         networks.match_outputs(network, 6, PETS)
     # names that came with the weights may be of another kind
     network.classes_file = None
-    with refusal("The classifier has 6 classes, expected the 5 of pets", "NAME.classes.txt"):
+    with refusal("The classifier has 6 classes, expected the 5 of pets", "STEM.classes.txt"):
         networks.match_outputs(network, 6, PETS)
     network.classes = ["Felis catus", "a", "b", "c", "d"]
     assert networks.match_outputs(network, 5, PETS).tolist() == [0, 1, 2, 3, 4]
