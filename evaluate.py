@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from evaluation.comparison import (
     NEIGHBOURS,
@@ -41,6 +40,7 @@ from evaluation.saved_statistics import Statistics, save_adm, save_statistics
 from hierarchy import Hierarchy
 from runtime.cli import run_command
 from runtime.processes import agree, agree_in_turns, keep_process_group, start_processes
+from runtime.progress import progress_bar
 
 FORMAT = "finediffusion-metrics-1"
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
@@ -245,7 +245,7 @@ def build_report(
     floor = Floor(second) if args.floor else None
     options, rows = dict(seed=args.seed, floor=floor), {}
     groups = {**{hierarchy.superclasses[s]: s for s in opened.present}, OVERALL: None} if hierarchy else {OVERALL: None}
-    for name, s in tqdm(groups.items(), desc="distances", unit="row", leave=False):
+    for name, s in progress_bar(groups.items(), desc="distances", unit="row", leave=False):
         rows[name] = group_metrics(real, fake, networks, s, **options)
     rows[OVERALL] |= overall_metrics(real, fake, networks)
     # Reasons not to compare them with published ones:

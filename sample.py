@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from guidance import ALL_TIMESTEPS, Guidance
@@ -34,6 +33,7 @@ from runtime.device import (
     resolve_precision,
     set_tf32,
 )
+from runtime.progress import progress_bar
 from sampling.grid import caption, cell_size, grid_layout, labelled_grid
 from sampling.load import SWAPPING, build_guidance, find_hierarchy, load_model
 from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
@@ -186,7 +186,7 @@ def sample(args: argparse.Namespace):
     folder, class_folders, images, captions = Path(args.sample_dir), folder_names(hierarchy.classes), [], []
     class_names = names.full_names(hierarchy)
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(jobs), unit="image") as bar:
+    with progress_bar(total=len(jobs), unit="image") as bar:
         for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half, compiled):
             for (label, position), image in zip(batch, pixels):
                 path = folder / class_folders[label] / f"{position:06d}.png"

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
@@ -37,6 +36,7 @@ from runtime.device import (
 )
 from runtime.files import sha256
 from runtime.processes import agree, agree_in_turns, agree_on_main, keep_process_group, start_processes
+from runtime.progress import progress_bar
 from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
@@ -164,7 +164,7 @@ def sample_missing(store: Store, generate: Callable, seed: int, batch_size: int,
     count, missing = len(store.labels), store.missing(rank, world)
     done = len(range(rank, count, world)) - len(missing)
     share = count / (done + len(missing))  # rank 0 shows the progress of all: their shares are about equal
-    bar = tqdm(total=count, initial=round(done * share), unit="image", disable=rank > 0)
+    bar = progress_bar(total=count, initial=round(done * share), unit="image", disable=rank > 0)
     with bar, Writer(store.write) as writer:
         for i in range(0, len(missing), batch_size):
             numbers = missing[i : i + batch_size]

@@ -5,9 +5,8 @@ import os
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 from runtime.files import atomic_write, sha256
+from runtime.progress import progress_bar
 from runtime.text import one_line
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -70,7 +69,7 @@ def download_file(url: str, path: Path, known: str | None = None, advice: str = 
             if reply.url.split(":")[0] != url.split(":")[0]:
                 raise OSError(f"it was moved to {reply.url}")
             size = int(reply.headers["Content-Length"] or 0)
-            with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+            with progress_bar(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
                 while block := reply.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))

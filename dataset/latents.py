@@ -24,9 +24,10 @@ import torch
 from torch.utils.data import Dataset
 
 from autoencoder import Autoencoder
-from dataset.listing import label_warnings
+from dataset.listing import SILENT_SECONDS, label_warnings
 from hierarchy import Hierarchy
 from runtime.files import atomic_write, path_in_errors, sha256
+from runtime.progress import progress_bar
 
 FORMAT = "finediffusion-latents-2"
 NPY_HEADER = 128  # bytes of moments.npy before the data; numpy pads the header of every such shape to this
@@ -210,7 +211,9 @@ class LatentData(Dataset):
 
         Reads N / world items, which also warms the page cache.
         """
-        for k in range(rank, len(self.chunk_hashes), world):
+        chunks = range(rank, len(self.chunk_hashes), world)
+        bar = dict(unit="chunk", desc=f"checking {self.root}", leave=False, delay=SILENT_SECONDS, disable=rank > 0)
+        for k in progress_bar(chunks, **bar):
             if chunk_hash(self.root, self.info, k) != self.chunk_hashes[k]:
                 rows = chunk_rows(self.info, k)
                 raise damaged_error(self.root / "moments.npy", f" in images {rows[0]} to {rows[-1]}")

@@ -24,7 +24,10 @@ from hierarchy.layouts import (
     release_root,
     sorted_entries,
 )
+from runtime.progress import progress_bar
 from runtime.text import shorten
+
+SILENT_SECONDS = 5  # after which the listing of a slow folder shows its progress
 
 
 class Listing(NamedTuple):
@@ -80,7 +83,8 @@ def list_class_folders(root: Path, folders: Sequence[Path], hierarchy: Hierarchy
     paths, labels, ignored = [], [], []
     for above in sorted({root, *(folder.parent for folder in folders)}):
         ignored += [entry.path for entry in sorted_entries(above) if is_hidden(entry) or is_image(entry)]
-    for folder in sorted(folders, key=lambda folder: label_of[folder.name]):
+    ordered = sorted(folders, key=lambda folder: label_of[folder.name])
+    for folder in progress_bar(ordered, unit="class", desc=f"listing {root}", leave=False, delay=SILENT_SECONDS):
         found = {entry.name: is_image(entry) for entry in sorted_entries(folder)}
         if not any(found.values()):
             raise ValueError(

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from evaluation.diversity import DiversitySums, select_rows
 from evaluation.features import Network
@@ -21,6 +20,7 @@ from evaluation.metrics import FLOAT, Moments, score_sums
 from evaluation.networks import Networks
 from evaluation.plan import Plan
 from evaluation.reduction import gather_on_main, merge_over_processes, sum_over_processes
+from runtime.progress import progress_bar
 from runtime.text import shorten
 
 MUCH_MEMORY = 4e9  # bytes of a process's sums that are announced
@@ -218,7 +218,7 @@ def run_pass(
         )
     loader = DataLoader(images, batch_sampler=own, num_workers=workers, pin_memory=device.type == "cuda")
     seconds, start, unreadable = {"total": 0.0, "network": 0.0}, time.perf_counter(), []
-    with tqdm(total=sum(map(len, own)), unit="image", desc=title, disable=rank > 0, leave=False) as bar:
+    with progress_bar(total=sum(map(len, own)), unit="image", desc=title, disable=rank > 0, leave=False) as bar:
         for rows, (pixels, digests, states) in zip(own, loader):
             begin, read = time.perf_counter(), states != UNREADABLE
             unreadable += [images.name(i) for i in rows[~read.numpy()]]

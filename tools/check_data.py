@@ -19,12 +19,12 @@ from itertools import repeat
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.images import ImageData, to_rgb
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write, sha256
+from runtime.progress import progress_bar
 from runtime.text import shorten
 
 UNREADABLE = {  # finding: what a training does with such an image
@@ -116,7 +116,7 @@ def examine_all(data: ImageData, workers: int, other: ImageData | None = None) -
     findings = {kind: {} for kind in UNREADABLE | TOLERATED}
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(examine, files, repeat(data.image_size), chunksize=16)
-        for i, found in enumerate(tqdm(results, total=len(files), unit="image")):
+        for i, found in enumerate(progress_bar(results, total=len(files), unit="image")):
             for kind, detail in found.items():
                 findings[kind][i] = detail
         readable = set(range(len(files))).difference(*(findings[kind] for kind in UNREADABLE))

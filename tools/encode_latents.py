@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
 from dataset import latents
@@ -32,6 +31,7 @@ from runtime.cli import Parser, run_command
 from runtime.device import DTYPES, PRECISIONS, resolve_precision
 from runtime.files import Lock, path_in_errors
 from runtime.processes import run_on_main, start_processes
+from runtime.progress import progress_bar
 from runtime.text import shorten
 
 CHUNK = 512  # images that a process takes at a time; a killed process loses its chunk at most
@@ -151,7 +151,7 @@ def encode(
         if not read_chunk_record(out, k):
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == "cuda")
-    bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
+    bar = progress_bar(total=sum(map(len, batches)), unit="image", disable=rank > 0)
     path = out / "moments.npy"
     with bar, path_in_errors(path), open(path, "r+b") as file:  # plain writes: several nodes may share the file
         header = file.read(latents.NPY_HEADER)

@@ -8,6 +8,7 @@ Shapes: S steps of a row, B images of the global batch, n images of this process
 loss, mse, vb and timestep, see `training.step.forward_backward`.
 """
 
+import importlib
 import json
 import resource
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -26,11 +28,12 @@ from dataset.latents import LatentData
 from runtime.files import append_text, atomic_write
 from runtime.private import shutdown_workers
 from runtime.processes import run_on_main
+from runtime.progress import progress_bar
 from runtime.text import shorten
 from training.batches import StepBatches
 from training.step import NUM_TIMESTEPS
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # value of --report-to: its package
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # value of --report-to: its package
 EMPTY_ROW = {"terms": torch.zeros(0), "norms": torch.zeros(0)}
 MIN_SCALE = 1.0  # fp16: a smaller gradient scale means that every step overflows
 
@@ -92,6 +95,9 @@ class MetricLogger:
                 tracker.log_images({"samples": image[None]}, step=step)
             elif tracker.name == "wandb":
                 tracker.log_images({"samples": [image.permute(1, 2, 0).numpy()]}, step=step)
+            elif tracker.name == "trackio":
+                pixels = importlib.import_module("trackio").Image(to_uint8(image))
+                tracker.log({"samples": pixels}, step=step)
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -103,7 +109,7 @@ class MetricLogger:
         batches = iter(loader)
         steps = dict(total=self.batches.max_steps, initial=self.batches.start_step, unit="step")
         try:
-            with tqdm(**steps, disable=not self.accelerator.is_main_process) as self.bar:
+            with progress_bar(**steps, disable=not self.accelerator.is_main_process) as self.bar:
                 yield from batches
         finally:
             if loader.num_workers:
@@ -143,8 +149,9 @@ class MetricLogger:
             self.log_on_main(f"step {step:7d}  {losses}  {rate:.2f} steps/s  {row['images_per_s']:.1f} images/s")
 
         run_on_main(self.accelerator, write)
-        self.bar.set_postfix(loss=format_number(row["loss"]))
-        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
+        self.bar.set_postfix(loss=format_number(row["loss"]), refresh=False)
+        known = {name: value for name, value in row.items() if value is not None and name != "step"}
+        self.accelerator.log(known, step=step)
         self.guard.start_row(step)
         self.start_timer(step)
 
@@ -275,6 +282,11 @@ def mean_losses(terms: torch.Tensor) -> dict[str, float | None]:
     quarter = t.long() * 4 // NUM_TIMESTEPS
     quarters = {f"loss_q{q + 1}": mean(loss[quarter == q]) for q in range(4)}
     return {"loss": mean(loss), "mse": mean(mse), "vb": mean(vb), **quarters}
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Convert an image (3, H, W) in [0, 1] to uint8 (H, W, 3)."""
+    return image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
 
 
 def mean(values: torch.Tensor) -> float | None:

@@ -369,5 +369,6 @@ def log_run_summary(
     if accelerator.log_with:
         lists = {name: " ".join(value) for name, value in settings.items() if isinstance(value, list)}
         settings = {name: value for name, value in (settings | lists).items() if value is not None}
-        names = {"wandb": {"name": logger.folder.name, "id": logger.folder.name, "resume": "allow"}}
-        accelerator.init_trackers("finediffusion", settings, names)
+        run = {"name": logger.folder.name, "resume": "allow"}
+        options = {"wandb": run | {"id": logger.folder.name}, "trackio": run | {"embed": False}}
+        accelerator.init_trackers("finediffusion", settings, options)

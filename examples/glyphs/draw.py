@@ -20,9 +20,9 @@ import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 from runtime.cli import Parser, run_command
+from runtime.progress import progress_bar
 
 CLASSES_FILE = Path(__file__).parent / "classes.json"
 SIZE = 64  # pixels
@@ -175,7 +175,7 @@ def choose_classes() -> dict[str, dict[str, list[int]]]:
         chosen[which] = {}
         for block, (first, last, most) in blocks.items():
             kept = []
-            for code in tqdm(filter(usable, range(first, last + 1)), desc=block, unit="glyph"):
+            for code in progress_bar(filter(usable, range(first, last + 1)), desc=block, unit="glyph"):
                 glyph = portrait(code)
                 if not portraits or difference(glyph, np.stack(portraits)).min() >= LOOK_ALIKE:
                     portraits.append(glyph)
@@ -211,7 +211,7 @@ def write_images(out: str | os.PathLike, which: str, held_out: bool, per_class: 
     The images depend on the arguments only.
     """
     jobs = [(block, code) for block, codes in read_classes(which).items() for code in codes]
-    for block, code in tqdm(jobs, desc=f"glyphs: {which}", unit="class"):
+    for block, code in progress_bar(jobs, desc=f"glyphs: {which}", unit="class"):
         folder = Path(out, block.replace(" ", "_"), class_name(code))
         folder.mkdir(parents=True, exist_ok=True)
         faces = [f for f in faces_by_code()[code] if (f in HELD_OUT) == held_out]

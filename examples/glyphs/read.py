@@ -25,6 +25,7 @@ from dataset.listing import list_images
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
+from runtime.progress import progress_bar
 from sampling.grid import labelled_grid
 from tools.figures.gallery import real_images
 
@@ -49,7 +50,8 @@ def stack(images: Sequence[np.ndarray]) -> torch.Tensor:
 def load_images(folder: str | os.PathLike, hierarchy: Hierarchy) -> tuple[torch.Tensor, torch.Tensor]:
     """Load the images of a folder, uint8 (N, 3, H, W), and their labels (N,)."""
     paths, labels = list_images(folder, hierarchy)
-    return stack([np.array(Image.open(path).convert("RGB")) for path in paths]), labels
+    bar = progress_bar(paths, unit="image", desc=f"reading {folder}")
+    return stack([np.array(Image.open(path).convert("RGB")) for path in bar]), labels
 
 
 class Grey(nn.Module):
@@ -84,7 +86,7 @@ def train_reader(
     images = grey(images)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
-    for _ in range(STEPS):
+    for _ in progress_bar(range(STEPS), unit="step", desc="training the classifier"):
         rows = torch.randint(len(labels), (BATCH,))
         dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
         x = images[rows].roll((dy, dx), (2, 3))
@@ -168,6 +170,7 @@ def main():
     save_script(features, out / "features.pt")
     make_grid(args.real, generated, hierarchy).save(out / "grid.png")
     (out / "figures.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"real above generated glyphs: {out / 'grid.png'}, the table: {out / 'figures.json'}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
 from checkpoint.loading import load_adapted
@@ -33,6 +32,7 @@ from guidance import Guidance
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
+from runtime.progress import progress_bar
 from runtime.text import markdown_table
 from sampling.samplers import sample_keyed, to_uint8
 
@@ -105,7 +105,7 @@ def train_all(
         run("train.py", *shlex.split(args.train), *flags, *methods[method])
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, folders), total=len(folders), desc="training", unit="run"))
+        list(progress_bar(pool.map(train, folders), total=len(folders), desc="training", unit="run"))
     return {job: max((folder / "adapters").glob("*.safetensors")) for job, folder in folders.items()}
 
 
@@ -154,7 +154,7 @@ def sample_all(
     """
     rows, kept = {}, args.out / "figures.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
-    for (method, seed), path in tqdm(adapters.items(), desc="sampling", unit="adapter"):
+    for (method, seed), path in progress_bar(adapters.items(), desc="sampling", unit="adapter"):
         for scale in scales:
             key = f"{method} {seed} {scale} {path.name} {args.per_class}"
             if key not in known:

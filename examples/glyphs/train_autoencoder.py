@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from runtime.cli import Parser, run_command
+from runtime.progress import progress_bar
 
 KL_WEIGHT = 1e-3
 SCALE_IMAGES = 512  # images that the latents' scale is measured on
@@ -55,7 +55,7 @@ def train(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch_size: int,
     """Train the autoencoder in place, with AdamW and a one-cycle learning rate."""
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
-    bar = tqdm(range(steps), unit="step")
+    bar = progress_bar(range(steps), unit="step")
     for _ in bar:
         x = make_batch(images, torch.randint(len(images), (batch_size,)))
         posterior = vae.encode(x).latent_dist

@@ -5,9 +5,14 @@ import os
 import re
 import shutil
 import signal
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from helpers.tiny_files import tree
 from helpers.tiny_models import PETS, described, same
 from helpers.tiny_runs import SAVING, SPEEDS, differences, outcome
@@ -232,6 +237,26 @@ def test_tensorboard_gets_the_rows_and_the_grid(command, flags):
     rows = [json.loads(line) for line in (flags.root / "tracked/metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert [event.step for event in events.Images("samples")] == [3, 4]
+
+
+def test_trackio_gets_the_rows_and_the_grid(command, flags, monkeypatch):
+    """The package has many dependencies, so a recorder takes its place; it was tried with trackio 0.43."""
+    begun, logged = [], []
+    run = SimpleNamespace(log=lambda values, step, **more: logged.append((step, values)), finish=lambda: None)
+    trackio = ModuleType("trackio")
+    trackio.__spec__ = ModuleSpec("trackio", None)
+    trackio.init = lambda **options: begun.append(options) or run
+    trackio.Image = lambda pixels: pixels
+    trackio.config = SimpleNamespace(update=lambda values, **more: None)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
+    monkeypatch.setitem(train.PREVIEW, "steps", 2)
+    result = command(train.main, *flags("recorded", "--report-to", "trackio", "--preview-images", 2, "--max-steps", 2))
+    assert result.code == 0, result.err
+    assert begun == [{"project": "finediffusion", "name": "recorded", "resume": "allow", "embed": False}]
+    (first, row), (second, grid) = logged
+    assert (first, second) == (2, 2) and row["loss"] > 0 and "step" not in row  # trackio reserves that name
+    assert grid["samples"].dtype == np.uint8 and grid["samples"].shape[2] == 3
 
 
 @pytest.mark.parametrize("saved, warmup", [(False, 0), (True, 10), (25, 25), (None, 0)])

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
@@ -23,6 +22,7 @@ from evaluation.image_sets import Folder
 from guidance import Guidance
 from hierarchy import Hierarchy
 from runtime.device import check_gpu, half_dtype, resolve_precision, set_tf32
+from runtime.progress import progress_bar
 from runtime.text import one_line, shorten
 from sampling.grid import caption
 from sampling.load import SWAPPING, build_guidance, load_model
@@ -66,7 +66,7 @@ def sample_images(
     title: text of the progress bar
     """
     images = []
-    with tqdm(total=len(labels), unit="image", desc=title) as bar:
+    with progress_bar(total=len(labels), unit="image", desc=title) as bar:
         for i in range(0, len(labels), args.batch_size):
             part = slice(i, i + args.batch_size)
             streams = [(args.seed, key, 0) for key in keys[part]]
