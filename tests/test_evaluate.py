@@ -1,6 +1,5 @@
 """evaluate.py end to end: its metrics recomputed from the images, and all forms of sets; see test_evaluate_input.py."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -155,12 +154,14 @@ def test_diversity_equals_pairwise_lpips(sets, report):
         images = read_pixels(sets / folder)
         within, pooled = {}, {}
         everything = [(name, x) for name in NAMES for x in images[name]]
-        for (a, x), (b, y) in itertools.combinations(everything, 2):
+        scaled = torch.stack([x for _, x in everything]) / 127.5 - 1
+        for i, (a, _) in enumerate(everything[:-1]):
             with torch.inference_mode():
-                distance = network(x[None] / 127.5 - 1, y[None] / 127.5 - 1).item()
-            if a == b:
-                within.setdefault(a, []).append(distance)
-            pooled.setdefault((PARENT[a], PARENT[b]), []).append(distance)
+                distances = network(scaled[i : i + 1].expand_as(scaled[i + 1 :]), scaled[i + 1 :]).flatten().tolist()
+            for (b, _), distance in zip(everything[i + 1 :], distances):
+                if a == b:
+                    within.setdefault(a, []).append(distance)
+                pooled.setdefault((PARENT[a], PARENT[b]), []).append(distance)
         means = {name: np.mean(values) for name, values in within.items()}
         rows = [(report["overall"], NAMES, [v for values in pooled.values() for v in values])]
         for s, (superclass, classes) in enumerate(CLASSES.items()):

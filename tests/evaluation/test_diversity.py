@@ -26,10 +26,10 @@ def test_the_interval_of_the_pooled_lpips_covers_the_truth():
     variance = DIMS * np.exp(2 * 0.25**2)  # of the means, and of the noise
     within, between = EACH * (EACH - 1) / 2 * CLASSES, EACH**2 * CLASSES * (CLASSES - 1) / 2
     truth = (within * 2 * variance + between * 4 * variance) / (within + between)
-    rows = [measured(draw, CLASSES) for _ in range(150)]
+    rows = [measured(draw, CLASSES) for _ in range(80)]
     covered = np.mean([low <= truth <= high for low, high in (row["lpips_pooled_interval"] for row in rows)])
-    assert 0.9 <= covered <= 0.99
-    assert abs(np.mean([row["lpips_pooled"] for row in rows]) / truth - 1) < 0.02
+    assert 0.87 <= covered <= 0.99
+    assert abs(np.mean([row["lpips_pooled"] for row in rows]) / truth - 1) < 0.03
 
 
 def test_a_few_classes_have_no_interval():
