@@ -45,8 +45,9 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 def activation_bytes(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> tuple[int, int]:
     """Return the bytes (per image, per forward pass) that a training step saves for its backward pass.
 
-    They follow from forward passes with one and with two images. The bytes per pass are autocast's copies of trained
-    weights. No random numbers are drawn, and the model is left unchanged.
+    With checkpointing these include a block that the backward pass computes again. They follow from forward passes with
+    one and with two images. The bytes per pass are autocast's copies of trained weights. No random numbers are drawn, and
+    the model is left unchanged.
     """
     device, shape = model.pos_embed.device, (model.in_channels, model.input_size, model.input_size)
 
@@ -56,7 +57,13 @@ def activation_bytes(model: nn.Module, autocast: Callable[[], AbstractContextMan
         with autocast():
             return model(x, zeros, zeros, force_drop_ids=zeros)
 
-    one, two = (saved_bytes(lambda: forward(images), model) for images in (1, 2))  # noqa: B023
+    def block(images):
+        x = torch.zeros(images, *model.pos_embed.shape[1:], device=device, requires_grad=True)
+        with autocast():
+            return model.blocks[0](x, x[:, 0])
+
+    calls = [forward, block] if model.grad_checkpointing else [forward]  # the backward pass computes one block again
+    one, two = (sum(saved_bytes(lambda: call(images), model) for call in calls) for images in (1, 2))  # noqa: B023
     return two - one, 2 * one - two
 
 

@@ -119,7 +119,7 @@ CASES = {
 def test_forecast(make_step, case, record_property):
     """A step takes the forecast memory within 5%, and what is reserved fits what is called enough.
 
-    It takes up to 20% less if compiled. Checkpointing takes more: the forecast lacks the block that is computed again.
+    It takes up to 20% less if compiled, and with checkpointing up to 10% more: gradients count beside so few activations.
     """
     images, options = CASES[case]
     step = make_step(**{"half": half_precision()} | options)
@@ -127,7 +127,7 @@ def test_forecast(make_step, case, record_property):
     allocated, reserved = step.run(images, steps=3 if options.get("compiled") else 2)
     gib = [round(size / GIB, 2) for size in (need, allocated, reserved)]
     record_property("memory", f"{case}: forecast {gib[0]}, allocated {gib[1]}, reserved {gib[2]} GiB")
-    least, most = 0.8 if options.get("compiled") else 0.95, 1.25 if options.get("checkpointing") else 1.05
+    least, most = 0.8 if options.get("compiled") else 0.95, 1.1 if options.get("checkpointing") else 1.05
     assert least <= allocated / need <= most
     enough = next(gib for gib in range(4, 200) if "too much" not in step.says(images, gib))
     assert reserved + memory.CONTEXT <= enough * GIB

@@ -1,7 +1,7 @@
 """Every Python on the stand-in GPU runs this at its start: it changes torch as soon as that is imported.
 
 There is no cuDNN: a convolution returns an empty tensor of the right shape. A collective of Python objects would compute
-on the GPU: it goes over gloo.
+on the GPU: it goes over gloo. Numbers are leftovers: on the CPU they pass for finite, and on the GPU none are non-zero.
 """
 
 import importlib.abc
@@ -34,6 +34,9 @@ def adapt(torch):
     with warnings.catch_warnings(action="ignore"):  # that it overrides torch's own
         library.impl("_slow_conv2d_forward", convolution, "CUDA")
     torch.standin_library = library  # it is undone when it is collected
+    isfinite, nonzero = torch.Tensor.isfinite, torch.Tensor.nonzero
+    torch.Tensor.isfinite = lambda x: isfinite(x) if x.is_cuda else torch.ones(x.shape, dtype=torch.bool)
+    torch.Tensor.nonzero = lambda x: torch.empty(0, x.ndim, dtype=torch.long) if x.is_cuda else nonzero(x)
     distributed, groups = torch.distributed, []
     modules = distributed, distributed.distributed_c10d
 
