@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from helpers.commands import call
+from helpers.stand_ins import run, write_world
 from helpers.tiny_models import ROOT
 
 import train
@@ -49,7 +50,7 @@ def commands(page):
             if word in SCRIPTS:
                 found.append((SCRIPTS[word], words[i + 1 :]))
                 break
-            if word.startswith("tools.") and words[i - 1] == "-m":
+            if word.startswith(("tools.", "benchmarks.", "examples.")) and words[i - 1] == "-m":
                 found.append((word, words[i + 1 :]))
                 break
     return found
@@ -116,6 +117,44 @@ def test_a_page_uses_adapters_that_its_training_commands_write(name, monkeypatch
             written |= {f"{args.results_dir}/{args.experiment}/adapters/{step:07d}.safetensors" for step in steps}
         used |= {flag for flag in flags if "/adapters/" in flag}
     assert used and used <= written
+
+
+# ---- the commands, run on stand-ins --------------------------------------------------------------
+
+RUN = {  # page -> words of the commands that are not run, as others like them are
+    "README.md": (),
+    "your-own-images.md": (),
+    "paper.md": ("inat", "-full", "-bitfit", "-difffit"),
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_commands_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
+    """Each finds what the commands before it have written; only data and published weights are there at the start."""
+    write_world(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for page, module, flags in COMMANDS:
+        if page == name and not any(word in " ".join(flags) for word in RUN[name]):
+            run(module, flags)
+
+
+def test_a_command_that_names_a_file_which_nothing_writes_fails(tmp_path, monkeypatch):
+    write_world(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="no file results/birds/adapters/0002000.safetensors"):
+        run("sample", "--ckpt results/birds/adapters/0002000.safetensors --classes all".split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_pip_and_conda_commands_name_what_exists(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in shell_lines(page):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert words[1] in targets, line
+        for flag in ("-r", "-f"):
+            if words[:1] in (["pip"], ["conda"]) and flag in words:
+                assert (ROOT / words[words.index(flag) + 1]).is_file(), line
 
 
 # ---- the page on the paper -----------------------------------------------------------------------
