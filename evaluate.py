@@ -7,6 +7,7 @@ REAL and FAKE are folders of images, .npz files of images and labels, or saved s
 the protocol and its reasons.
 """
 
+import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
 import platform
 import sys

@@ -8,6 +8,7 @@ an image, at every step. Batch size and other classes change an image only by ro
 avoids these too, since it gives the network one image at a time.
 """
 
+import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
 import math
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ of a matrix product depend on its height and on the threads that share it (1e-6 
 of a CPU, start as many processes. On a GPU forward passes are batched, and images change by such rounding errors alone.
 """
 
+import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
 import hashlib
 import math

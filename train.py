@@ -8,6 +8,7 @@ takes its rows. So a resumed run, or one on another number of processes, sees th
 SIGUSR2 save a state and exit with code 75: the same command resumes from it.
 """
 
+import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
 import time
 from contextlib import closing

@@ -233,8 +233,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="smallest models and few steps, cases of a GPU on a CPU too: only to check that they run",
     )
     add = parser.add_argument_group("device").add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="device of both sides")
+    add("--device", choices=["cpu", "cuda"], help="device of both sides; if not given, a GPU if there is one")
     add("--threads", type=int, default=2, help="CPU threads of both sides")
     add(
         "--half",
@@ -277,16 +276,17 @@ def main(argv: Sequence[str] | None = None):
         raise ValueError(
             f"Found --threads {args.threads} and --seconds {args.seconds}, expected at least 1 and at least 0."
         )
-    check_gpu(args.device)
-    gpu = args.device == "cuda"
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_gpu(device)
+    gpu = device == "cuda"
     if not gpu:
         torch.set_num_threads(args.threads)
-    half = resolve_precision(args.half or ("bf16" if gpu else "no"), args.device)
+    half = resolve_precision(args.half or ("bf16" if gpu else "no"), device)
     compiled = gpu if args.compile is None else args.compile
     reference = official.load(args.reference) if args.reference else None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as both train.py do
-    bench = Bench(args.device, reference, half, compiled, args.tiny, 0 if args.tiny else args.seconds)
-    cases, skipped = choose_cases(args.only, args.device, reference is not None, args.tiny)
+    bench = Bench(device, reference, half, compiled, args.tiny, 0 if args.tiny else args.seconds)
+    cases, skipped = choose_cases(args.only, device, reference is not None, args.tiny)
 
     rows, loads, begun = [], [], time.monotonic()
     page = report(bench, argv, rows, skipped, [0.0]) + "\n"

@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import os
 import shlex
+import subprocess
 import sys
 from unittest.mock import patch
 
 import pytest
+from helpers.tiny_models import ROOT
 
 from runtime.cli import Parser
 
@@ -106,6 +109,39 @@ def test_two_examples_parse(prog):
         assert not any("..." in word for word in words)
         if words[0] != "make":  # the Makefile has that example's flags
             top.parse_args(own_flags(words, name))
+
+
+RUN_EACH = """
+import os, runpy, sys
+import numpy  # the one slow import that is left, once for all
+
+folder, *programs = sys.argv[1:]
+for program in programs:
+    if os.fork() == 0:
+        os.dup2(os.open(f"{folder}/{program}", os.O_CREAT | os.O_WRONLY), 1)
+        sys.argv = [f"{program}.py", "--help"]
+        path = f"{program}.py"
+        if os.path.exists(path):
+            sys.argv[0] = os.path.abspath(path)
+            runpy.run_path(path, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    os.wait()
+"""
+
+
+def test_help_does_not_wait_for_torch(tmp_path, monkeypatch):
+    """With a torch that cannot be imported, --help of every program is the same."""
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "torch.py").write_text("raise SystemExit(9)")
+    (tmp_path / "out").mkdir()
+    names = {name.removesuffix(".__main__"): name for name in PROGRAMS}
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", RUN_EACH, tmp_path / "out", *names]
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    for program, name in names.items():
+        parser = next(parser for other, parser in PARSERS.values() if other == name)
+        assert (tmp_path / "out" / program).read_text() == parser.format_help(), program
 
 
 def test_a_flag_that_is_unknown_is_one_sentence(command):
