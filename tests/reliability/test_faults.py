@@ -90,7 +90,9 @@ def test_kills_at_random_moments(world, short, run, cases, figure):
             assert -signal.SIGKILL in codes.values() and set(codes.values()) <= {1, -signal.SIGKILL}
             kills += 1
         else:
-            assert not differences(folder, expected)
+            changed = differences(folder, expected)
+            # a kill after a state and before its preview loses the preview
+            assert all(name.endswith(".png") and not (folder / "samples" / name).exists() for name in changed), changed
             shutil.rmtree(folder)
             finished += 1
     processes = f"{world} process{'es' * (world > 1)}"
