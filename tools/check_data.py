@@ -42,7 +42,6 @@ TOLERATED = {
     "duplicate": "the same bytes as another image: both are used",
     "shared": "the same bytes as an image of --compare",
 }
-CORES = len(os.sched_getaffinity(0))
 DESCRIPTION = f"""{__doc__.splitlines()[0]}
 
 exit codes:
@@ -205,6 +204,11 @@ def describe_pair(path: str, twin: str) -> str:
     return f"{path!r} is {name!r}{twin[len(name) :]}"
 
 
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use; macOS reports all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_hierarchy(spec: str | None, folder: str) -> Hierarchy:
     """Return the hierarchy of --hierarchy, or else that of the folder."""
     return Hierarchy.load(spec) if spec else Hierarchy.from_folder(folder, allow_flat=True)
@@ -219,7 +223,12 @@ def main(argv: Sequence[str] | None = None):
         help="inat2021, vegfru, a .json file or a folder of images; if not given, the data's own",
     )
     add("--image-size", type=int, default=256, help="pixels per side; smaller images are reported")
-    add("--num-workers", type=int, default=CORES, help="processes that decode images; if not given, one per core")
+    add(
+        "--num-workers",
+        type=int,
+        default=count_cores(),
+        help="processes that decode images; if not given, one per core",
+    )
     add(
         "--compare",
         metavar="DIR",

@@ -95,7 +95,7 @@ def shape_autoencoder(name: str, data: ImageData | LatentData) -> Autoencoder:
 
 
 def count_steps(args: argparse.Namespace, data: ImageData | LatentData) -> dict:
-    """Return the numbers of images, steps and epochs, and the warm-up of the EMA, of a new run."""
+    """Return the numbers of images, steps and epochs of a new run, the warm-up of its EMA, and warnings about the data."""
     batches = StepBatches(len(data), args.global_batch_size, args.global_seed)
     steps = args.max_steps or args.epochs * batches.steps_per_epoch
     return {
@@ -103,6 +103,7 @@ def count_steps(args: argparse.Namespace, data: ImageData | LatentData) -> dict:
         "steps": steps,
         "epochs": round(steps / batches.steps_per_epoch, 2),
         "ema_warmup": choose_warmup(args, steps, None),
+        "warnings": data.warnings,
     }
 
 

@@ -11,6 +11,7 @@ loss, mse, vb and timestep, see `training.step.forward_backward`.
 import importlib
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -302,4 +303,5 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory of this process in GB: GPU memory, or resident memory without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

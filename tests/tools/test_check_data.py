@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 
@@ -254,3 +255,8 @@ def test_the_help_lists_the_exit_codes(command):
     kinds = "small, cmyk, palette, 16-bit, animated, transparent, rotated, duplicate, shared"
     assert f"1  findings that a training tolerates: {kinds}" in result.out
     assert "3  images that cannot be read: unreadable, truncated" in result.out
+
+
+def test_all_cores_are_used_on_macos(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert check_data.count_cores() == os.cpu_count()

@@ -23,7 +23,7 @@ def test_a_dry_run_with_images_says_what_the_run_says(precision, command, images
     found = json.loads(result.out)
     assert [found[name] for name in ("num_classes", "num_super_classes", "images")] == [5, 2, 20]
     assert [found[name] for name in ("steps", "epochs", "ema_warmup")] == [5, 1, 25]  # 4 images per step
-    assert found["trainable_params"] == 23_064 and found["mixed_precision"] == precision
+    assert found["warnings"] == [] and found["trainable_params"] == 23_064 and found["mixed_precision"] == precision
     assert found["memory_gib"]["gpu"] == 0.7
     result = command(train.main, *flags, "--resume", base, "--max-steps", 1, "--preview-images", 0)
     assert result.code == 0, result.err
