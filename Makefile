@@ -46,7 +46,7 @@ gpu: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
 gpu-quick: $(if $(filter $(PY),$(GPU_PY)),.venv/installed)
 	rm -f .gpu-tests.xml
 	FD_GPU=1 FD_GPU_SECONDS=45 timeout -s INT -k 10 60 $(GPU_TESTS) -k "($(GPU_FEW)) and not compiled"; tests=$$?; \
-	  $(GPU_BENCH) --quick --minutes 1.8; exit $$tests
+	  $(GPU_BENCH) --quick --minutes 2; exit $$tests
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
