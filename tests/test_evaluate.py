@@ -21,6 +21,7 @@ import evaluate
 from evaluation import features, image_pass, plan
 from evaluation.image_sets import open_second, open_set
 from hierarchy import Hierarchy
+from runtime import progress
 from runtime.files import sha256
 
 sets, saved_statistics = image_sets.sets, image_sets.saved_statistics
@@ -101,9 +102,10 @@ def test_a_perfect_model_is_at_the_floor_at_its_number_of_images(sets, command, 
     torch.jit.script(image_sets.Tiles(48)).save(tmp_path / "many.pt")
     flags = (*NO_NETWORKS, "--features", tmp_path / "many.pt", "--hierarchy", "none", "--batch-size", 500)
     monkeypatch.setattr(image_pass, "MUCH_MEMORY", 48 * 48 * 8)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     result, found = run(command, tmp_path / "out", "--floor", tmp_path / "real.npz", tmp_path / "fake.npz", *flags)
     assert result.code == 0, result.err
-    assert "distances: " in result.err  # a progress bar
+    assert "distances: 100%" in result.err  # a progress bar
     assert "real.npz: the sums over superclasses take 0.0 GB per process" in result.err
     values = found["overall"]["features"]["many"]
     assert values["floor_n"] == 250 and values["fd_at_floor_n"] == pytest.approx(values["floor"], rel=0.2)
