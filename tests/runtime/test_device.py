@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from runtime import device, processes
-from runtime.device import COMPILED_STEPS, describe_computation, half_dtype, resolve_compile, resolve_precision
+from runtime.device import (
+    COMPILED_STEPS,
+    best_device,
+    describe_computation,
+    half_dtype,
+    resolve_compile,
+    resolve_precision,
+)
 
 
 @pytest.fixture
@@ -75,3 +82,11 @@ def test_processes_wait_for_days(monkeypatch):
     )
     processes.start_processes()
     assert seen[0]["timeout"] >= timedelta(days=1)
+
+
+@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_gpu_of_an_apple_computer_is_used(cuda, mps, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert best_device() == expected
+    assert resolve_precision("auto", "mps") == "no"
