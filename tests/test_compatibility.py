@@ -192,7 +192,5 @@ def test_samples_go_on(before, command, agree, monkeypatch):
     with np.load(f"{half}.npz") as ours, np.load(f"{whole}.npz") as theirs:
         assert np.array_equal(ours["arr_1"], theirs["arr_1"])
         agree(torch.from_numpy(ours["arr_0"]), torch.from_numpy(theirs["arr_0"]))
-        alike = np.array_equal(ours["arr_0"], theirs["arr_0"])
-    contents = [(before / f"samples/{name}").read_bytes() for name in ("half.npz", "whole.npz")]
-    assert contents[0] == contents[1] or not alike
+        assert set(ours.files) - set(theirs.files) == {"classes"}  # earlier versions did not name the classes
     assert (half / "settings.json").read_bytes() == (whole / "settings.json").read_bytes()

@@ -349,6 +349,10 @@ REFUSED = [
     ("--ckpt @rebased --guidance domain", "--guidance domain needs the null row of a plain DiT"),
     ("--ckpt @plain --guidance domain", "expected an adapter"),
     ("--seed-mode official --guidance none", "drop the other flags"),
+    (
+        "--seed-mode official --mixed-precision bf16",
+        "--seed-mode is official and --mixed-precision bf16, expected float32",
+    ),
     ("--seed-mode official --guidance-interval 0 500", "drop the other flags"),
 ]
 

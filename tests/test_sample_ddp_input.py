@@ -73,6 +73,14 @@ def test_full_gpu_memory(command_of, flag, advice, command, adapter, tmp_path, m
     assert result.code == 2 and re.search(advice.replace("(", r"\(").replace(")", r"\)"), result.err.split("\n")[-2])
 
 
+def test_the_precision_in_use_is_recorded(here, tmp_path, monkeypatch):
+    """A V100 computes in fp16 for bf16: an A100 must not resume its folder in bf16."""
+    assert here("x").code == 0
+    assert json.loads((tmp_path / "x/settings.json").read_text())["mixed_precision"] == "no"
+    monkeypatch.setattr(sample_ddp, "resolve_precision", lambda wanted, device: "bf16" if wanted == "auto" else wanted)
+    refused(here("x"), "was begun with other settings (mixed_precision no, here bf16)")
+
+
 @pytest.mark.reliability(*ROW)
 def test_more_processes_than_images(run, tmp_path):
     assert run("x", "--num-fid-samples", 2, world=3) == 2
