@@ -156,6 +156,8 @@ def main():
     generated = dict(entry.rsplit("=", 1) for entry in args.generated)
     hierarchy = Hierarchy.from_folder(args.train)
     folders = {"real, other faces": args.real, **generated}
+    for folder in folders.values():  # refuse a wrong folder before the work begins
+        list_images(folder, hierarchy)
     sets = {title: load_images(folder, hierarchy) for title, folder in folders.items()}
     features, reader = train_reader(*load_images(args.train, hierarchy), hierarchy.num_classes, args.seed)
 
