@@ -74,6 +74,8 @@ quickstart: .venv/installed
 	  --generated $(foreach w,$(SCALES),"w = $(w)=$(Q)/w$(w)")
 	for w in $(SCALES); do $(PY) evaluate.py $(Q)/held-out $(Q)/w$$w $(READER) --num-workers 0 \
 	  --output $(Q)/evaluation/w$$w || exit; done
+	@echo "Look at $(Q)/reading/grid.png: real above generated glyphs."
+	@echo "The figures are in $(Q)/reading/figures.json and $(Q)/evaluation/w*/metrics.md."
 
 # if they are interrupted, the same command resumes
 tune: .venv/installed $(Q)/train
