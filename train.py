@@ -23,7 +23,7 @@ from torchvision.utils import make_grid, save_image
 from checkpoint.format import save_adapter
 from dataset.images import collate
 from runtime.cli import run_command
-from runtime.device import DTYPES
+from runtime.device import DTYPES, explain_full_memory
 from runtime.files import atomic_write
 from runtime.processes import ask_main, keep_process_group, run_on_main
 from runtime.signals import Signals, ignore_signals
@@ -69,14 +69,9 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
         group["lr"] = group["base_lr"] * factor
 
     # Compute losses and gradients:
-    try:
+    images = -(-batches.local_batch // run.passes)
+    with explain_full_memory(images, memory.advice(images // 2)):
         terms = forward_backward(run.accelerator, run.wrapped, DIFFUSION, latents, y, noise, run.passes)
-    except torch.OutOfMemoryError as error:
-        images = -(-batches.local_batch // run.passes)
-        raise ValueError(
-            f"The GPU's memory is full with {images} images in a forward pass ({str(error).split('. ')[0]}), expected room: "
-            f"{memory.advice(images // 2)}."
-        ) from None
 
     # Update the weights and their EMA:
     run.logger.add_step(terms, run.update.step(), batches.rows(step)[batches.local_slice], shown)

@@ -18,6 +18,7 @@ from torch import nn
 
 from autoencoder import Autoencoder
 from models import DiT
+from runtime.device import explain_full_memory
 
 GIB = 2**30
 ENCODER_MAPS = 5.3  # peak of an encoder in full-size feature maps: 0.165 GiB at 256 pixels in float32, on a CPU
@@ -224,7 +225,8 @@ def split_batch(
 ) -> tuple[int, str]:
     """Return the number of forward passes of a step and a sentence about memory; the processes agree on the number."""
     encoding = 0 if args.latents else encoder_bytes(autoencoder.vae, args.image_size)
-    activations = activation_bytes(model, accelerator.autocast)
+    with explain_full_memory(2, advice(0)):
+        activations = activation_bytes(model, accelerator.autocast)
     expected = forecast(model, parameters, activations, autoencoder.vae, encoding)
     own = requested_bytes(args.gpu_memory) or gpu_bytes(accelerator.device)
     capacity = min(gather_object([own])) if own else None

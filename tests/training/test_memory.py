@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.tiny_models import ROOT, described, tiny_dit
+from helpers.tiny_runs import TINY
 
 import finetune
 import train
@@ -240,3 +241,15 @@ def test_running_out_of_memory_while_encoding_advises_too(command, images64, tmp
     result = command(train.main, *flags, "--vae", "none", "--results-dir", tmp_path, "--data-path", images64)
     sentence = result.err.strip().split("\n")[-1]
     assert result.code == 2 and "full with 8 images in a forward pass" in sentence and "--micro-batch 4" in sentence
+
+
+def test_running_out_of_memory_in_the_forecast_advises_too(command, images, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(memory, "activation_bytes", full)
+    result = command(train.main, *TINY, "--resume", "none", "--results-dir", tmp_path, "--data-path", images)
+    sentence = result.err.strip().split("\n")[-1]
+    assert (
+        result.code == 2 and "full with 2 images in a forward pass" in sentence and "--grad-checkpointing" in sentence
+    )
