@@ -162,8 +162,13 @@ QUERY = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit"
 def machine() -> dict:
     """Return what the numbers depend on: the GPU, its state and the versions."""
     try:
-        words = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "-i", "0"]
-        state = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip().split(", ")
+        words = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "-i", "0"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        state = words.stdout.strip().split(", ")
     except (OSError, subprocess.TimeoutExpired):
         state = []
     half, found = DTYPES[resolve_precision("auto", "cuda")], {}

@@ -10,6 +10,7 @@ Every command imports this module first; the packages `tools`, `benchmarks` and 
 import importlib.abc
 import importlib.machinery
 import os
+import subprocess
 import sys
 import types
 
@@ -63,8 +64,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def start_again(*error):
     """Run the same command with the packages; the handler of an error that nothing caught."""
-    os.environ[COMPLETE] = "1"
-    os.execv(sys.executable, sys.orig_argv)
+    run = subprocess.run([sys.executable, *sys.orig_argv[1:]], env=os.environ | {COMPLETE: "1"})
+    os._exit(run.returncode)
 
 
 if {"-h", "--help"} & set(sys.argv[1:]) and COMPLETE not in os.environ and not HEAVY & sys.modules.keys():
