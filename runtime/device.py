@@ -42,14 +42,17 @@ def check_gpu(device: str | torch.device):
 
 
 @contextmanager
-def explain_full_memory(images: int, advice: str) -> Iterator[None]:
-    """Raise ValueError with advice if the GPU's memory is full. images: in a forward pass."""
+def explain_full_memory(images: int | None, advice: str) -> Iterator[None]:
+    """Raise ValueError with advice if the GPU's memory is full.
+
+    images: in a forward pass; None while weights are loaded
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        when = f"with {images} images in a forward pass" if images else "while weights are loaded"
         raise ValueError(
-            f"The GPU's memory is full with {images} images in a forward pass ({str(error).split('. ')[0]}), expected room: "
-            f"{advice}."
+            f"The GPU's memory is full {when} ({str(error).split('. ')[0]}), expected room: {advice}."
         ) from None
 
 

@@ -15,6 +15,7 @@ from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
 from hierarchy.hierarchy import check_counts, numbered_names
 from models import DiT
+from runtime.device import explain_full_memory
 
 PAPER_DEFAULTS = {"model": "DiT-XL/2", "image_size": 256, "num_classes": 10000, "num_super_classes": 11, "vae": "mse"}
 SWAPPING = "autoguidance", "domain"  # guidances that exchange trained parameters for others
@@ -90,13 +91,12 @@ def load_model(
     Raises ValueError if it cannot be read or contradicts a flag.
     """
     decoding = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
-    if is_adapter(args.ckpt):
-        model, description, autoencoder = load_adapter_model(args, device, decoding)
-    else:
-        model, description, autoencoder = load_checkpoint_model(args, device, decoding)
-    if getattr(args, "guidance", None) not in SWAPPING:
-        merge_lora(model)
-    model.to(device).requires_grad_(False)
+    load = load_adapter_model if is_adapter(args.ckpt) else load_checkpoint_model
+    with explain_full_memory(None, "stop other programs that use it, or choose another GPU"):
+        model, description, autoencoder = load(args, device, decoding)
+        if getattr(args, "guidance", None) not in SWAPPING:
+            merge_lora(model)
+        model.to(device).requires_grad_(False)
     if half:
         store_frozen(model, half)
     return model, description, autoencoder

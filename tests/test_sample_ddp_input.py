@@ -16,6 +16,7 @@ from helpers.tiny_files import tree
 
 import sample
 import sample_ddp
+from models import DiT
 from sample_ddp import balanced_labels
 from sampling import store
 from sampling.store import Store
@@ -57,6 +58,7 @@ def test_bad_flags(flags, words, here, tmp_path):
 @pytest.mark.parametrize(
     "command_of, flag, advice",
     [
+        ("load", [], "full while weights are loaded (CUDA out of memory), expected room: stop other programs"),
         (sample, ["--batch-size", 4], "4 images in a forward pass (CUDA out of memory), expected .* --batch-size 2."),
         (sample, ["--batch-size", 1], "1 images in a forward pass (CUDA out of memory), expected .* --mixed-precision"),
         (sample_ddp, [], "1 images in a forward pass (CUDA out of memory), expected room: pass --mixed-precision bf16"),
@@ -68,7 +70,11 @@ def test_full_gpu_memory(command_of, flag, advice, command, adapter, tmp_path, m
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7"
         )
 
-    monkeypatch.setattr(command_of, "sample_keyed", full)
+    if command_of == "load":
+        monkeypatch.setattr(DiT, "to", full)
+        command_of = sample
+    else:
+        monkeypatch.setattr(command_of, "sample_keyed", full)
     result = command(command_of.main, "--ckpt", adapter, "--sample-dir", tmp_path / "out", *flag)
     assert result.code == 2 and re.search(advice.replace("(", r"\(").replace(")", r"\)"), result.err.split("\n")[-2])
 

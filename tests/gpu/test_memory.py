@@ -200,7 +200,7 @@ def test_out_of_memory_in_sample_ddp(images, tmp_path):
     assert code == 0, error
     gc.collect()
     torch.cuda.empty_cache()
-    limit(0.15)
+    limit(0.15 + torch.cuda.memory_reserved() / GIB)  # parts of segments that other tests leave in use
     flags = [
         "--ckpt",
         tmp_path / "run/adapters/0000002.safetensors",

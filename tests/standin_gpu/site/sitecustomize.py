@@ -1,7 +1,8 @@
 """Every Python on the stand-in GPU runs this at its start: it changes torch as soon as that is imported.
 
 There is no cuDNN: a convolution returns an empty tensor of the right shape. A collective of Python objects would compute
-on the GPU: it goes over gloo. Numbers are leftovers: on the CPU they pass for finite, and on the GPU none are non-zero.
+on the GPU: it goes over gloo. Numbers are leftovers: on the CPU they pass for finite, and on the GPU none are non-zero, or
+the first one where a caller needs one (`as_tuple`).
 """
 
 import importlib.abc
@@ -36,7 +37,13 @@ def adapt(torch):
     torch.standin_library = library  # it is undone when it is collected
     isfinite, nonzero = torch.Tensor.isfinite, torch.Tensor.nonzero
     torch.Tensor.isfinite = lambda x: isfinite(x) if x.is_cuda else torch.ones(x.shape, dtype=torch.bool)
-    torch.Tensor.nonzero = lambda x: torch.empty(0, x.ndim, dtype=torch.long) if x.is_cuda else nonzero(x)
+
+    def found(x, as_tuple=False):
+        if not x.is_cuda:
+            return nonzero(x, as_tuple=as_tuple)
+        return x.ndim * (torch.zeros(1, dtype=torch.long),) if as_tuple else torch.empty(0, x.ndim, dtype=torch.long)
+
+    torch.Tensor.nonzero = found
     distributed, groups = torch.distributed, []
     modules = distributed, distributed.distributed_c10d
 
