@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from runtime.text import markdown_table
+from benchmarks.harness import ROW_TITLES
+from runtime.text import format_value, markdown_table
 
 # Estimates from counted FLOP, bytes and launches, and from rates assumed for each GPU: images/s, and the share of the
 # datasheet's peak, by case.
@@ -27,26 +28,7 @@ PREDICTIONS = {
     },
 }
 STAND_IN = "**Measured on a stand-in GPU, whose kernels compute nothing: the numbers mean nothing.**"
-TITLES = (
-    "case",
-    "what",
-    "ours",
-    "official",
-    "unit",
-    "ratio, quartiles",
-    "goal",
-    "met",
-    "of measured",
-    "of peak",
-    "sides apart",
-)
-
-
-def number(value: float | None) -> str:
-    """Return a number with three digits, or with all of its digits before the point; "" for None."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+TITLES = *ROW_TITLES, "of measured", "of peak", "sides apart"
 
 
 def percent(value: float | None) -> str:
@@ -78,10 +60,19 @@ def heading(record: dict) -> Iterator[str]:
 def cells(row: dict) -> list[str]:
     """Return the cells of a row, under TITLES."""
     spread = f"({row['spread']})" if row["spread"] else ""
-    goal = "" if row["goal"] is None else f"{'>=' if row['at_least'] else '<='} {number(row['goal'])}"
+    goal = "" if row["goal"] is None else f"{'>=' if row['at_least'] else '<='} {format_value(row['goal'])}"
     met = "; ".join(row["faults"]) or {None: "", True: "yes", False: "no"}[row["within"]]
-    ratio = f"{number(row['ratio'])} {spread}".strip()
-    values = row["name"], row["about"], number(row["ours"]), number(row["official"]), row["unit"], ratio, goal, met
+    ratio = f"{format_value(row['ratio'])} {spread}".strip()
+    values = (
+        row["name"],
+        row["about"],
+        format_value(row["ours"]),
+        format_value(row["official"]),
+        row["unit"],
+        ratio,
+        goal,
+        met,
+    )
     return [*values, row["share"], percent(row.get("nominal")), "" if row["gate"] is None else f"{row['gate']:.0e}"]
 
 
@@ -107,22 +98,24 @@ def details(record: dict) -> Iterator[str]:
     if "rates" in found:
         yield "## What the hardware can do"
         yield table(
-            ("what", "TFLOP/s, of the copy TB/s"), [[name, number(rate)] for name, rate in found["rates"].items()], "lr"
+            ("what", "TFLOP/s, of the copy TB/s"),
+            [[name, format_value(rate)] for name, rate in found["rates"].items()],
+            "lr",
         )
     if "steps" in found:
         columns = list(dict.fromkeys(key for step in found["steps"].values() for key in step))
-        rows = [[name, *(number(step.get(key)) for key in columns)] for name, step in found["steps"].items()]
+        rows = [[name, *(format_value(step.get(key)) for key in columns)] for name, step in found["steps"].items()]
         yield "## Steps in detail\n\nGPU milliseconds by kind of kernel, of one profiled step; host ms: to queue the step."
         yield table(("step", *columns), rows, "l" + "r" * len(columns))
     if "waits" in found:
-        waits = ", ".join(f"{name} {number(count)}" for name, count in found["waits"].items())
+        waits = ", ".join(f"{name} {format_value(count)}" for name, count in found["waits"].items())
         yield f"Waits for the GPU in a step of the sampler (goal: 0): {waits}."
     if "ratio" in found:
-        times = ", ".join(f"{name} {number(value)} ms" for name, value in found["ms"].items())
-        yield f"Residual stream, eager forward pass: {times}, ratio {number(found['ratio'])}."
+        times = ", ".join(f"{name} {format_value(value)} ms" for name, value in found["ms"].items())
+        yield f"Residual stream, eager forward pass: {times}, ratio {format_value(found['ratio'])}."
     if "memory" in found:
         rows = [
-            [name, *map(number, sizes), f"{sizes[1] / sizes[0] - 1:+.1%}", f"{sizes[2] / sizes[0] - 1:+.1%}"]
+            [name, *map(format_value, sizes), f"{sizes[1] / sizes[0] - 1:+.1%}", f"{sizes[2] / sizes[0] - 1:+.1%}"]
             for name, sizes in found["memory"].items()
         ]
         yield "## Memory, GiB"
@@ -130,7 +123,9 @@ def details(record: dict) -> Iterator[str]:
         yield table(titles, rows, "lrrrrr")
     if "images/s" in found:
         yield "## Autoencoder, 256 pixels"
-        yield table(("what", "images/s"), [[name, number(rate)] for name, rate in found["images/s"].items()], "lr")
+        yield table(
+            ("what", "images/s"), [[name, format_value(rate)] for name, rate in found["images/s"].items()], "lr"
+        )
 
 
 def predictions(record: dict) -> Iterator[str]:
@@ -144,8 +139,10 @@ def predictions(record: dict) -> Iterator[str]:
     rows = []
     for name, (rate, share) in known.items():
         row = measured.get(name, {})
-        over = number(row["ours"] / rate) if row else ""
-        rows.append([name, number(rate), number(row.get("ours")), over, percent(share), percent(row.get("nominal"))])
+        over = format_value(row["ours"] / rate) if row else ""
+        rows.append(
+            [name, format_value(rate), format_value(row.get("ours")), over, percent(share), percent(row.get("nominal"))]
+        )
     if rows:
         yield "## Predicted and measured\n\nThe predictions were made before anything was measured on a GPU."
         titles = (

@@ -18,6 +18,7 @@ WARM_UP = 2  # rounds that are not counted; compilation is timed before them
 EXACT = 1e-4  # tolerance, relative, of losses and samples in float32
 LOOSE = 5e-2  # tolerance of a loss or a guided prediction in half precision, or in TF32
 NEEDS_GPU = "needs a GPU"
+ROW_TITLES = "case", "what", "ours", "official", "unit", "ratio, quartiles", "goal", "met"  # of the columns of a page
 
 
 @dataclass

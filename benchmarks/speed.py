@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import official, sampling_cases, training_cases
-from benchmarks.harness import Bench, Row
+from benchmarks.harness import ROW_TITLES, Bench, Row
 from runtime.cli import Parser, run_command
 from runtime.device import check_gpu, resolve_precision
 from runtime.files import atomic_write
-from runtime.text import markdown_table
+from runtime.text import format_value, markdown_table
 
 XL = "DiT-XL/2"
 EXAMPLES = """
@@ -131,25 +131,7 @@ ABOUT = """All weights are random and no layer is zero; 10,000 classes and 11 su
 side's in neighbouring turns, so it is below 1 if ours is faster. It is the median, with the quartiles and the number of
 turns in brackets. "Sides apart" is the largest relative difference between the losses or samples of both sides, computed
 beforehand. The shares of the ceilings are also taken from neighbouring turns."""
-TITLES = (
-    "case",
-    "what",
-    "ours",
-    "official",
-    "unit",
-    "ratio, quartiles",
-    "goal",
-    "met",
-    "share of the ceiling",
-    "sides apart",
-)
-
-
-def format_value(value: float | None) -> str:
-    """Return a number with three digits, or with all of its digits before the point."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+TITLES = *ROW_TITLES, "share of the ceiling", "sides apart"
 
 
 def cells(row: Row) -> list[str]:

@@ -95,10 +95,8 @@ def match_state_dict(
     return tensors, absent
 
 
-def load_base_weights(
-    base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None
-) -> tuple[Tensors, ModelDescription | None]:
-    """Load the base that the file `needed_by` names, with its description, from `path` or from where it was.
+def find_base(base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
+    """Return the file of the base that the file `needed_by` names: `path`, or the place where it was.
 
     Raises ValueError if it is not there or its SHA-256 is another.
     """
@@ -114,7 +112,14 @@ def load_base_weights(
             f"{path} is not the base of {needed_by} (SHA-256 {found[:12]}…, expected {base.sha256[:12]}…): pass the "
             "file it was trained from as --base (train.py: --resume)."
         )
-    return load_full_weights(path)
+    return path
+
+
+def load_base_weights(
+    base: Base, needed_by: str | os.PathLike, path: str | os.PathLike | None = None
+) -> tuple[Tensors, ModelDescription | None]:
+    """Load the base that the file `needed_by` names, see `find_base`, with its description."""
+    return load_full_weights(find_base(base, needed_by, path))
 
 
 def load_full_weights(

@@ -95,13 +95,11 @@ def initial_rows(now: ModelDescription, before: ModelDescription, table: torch.T
     order of extensions does not matter. table: of `before`
     """
     originals = table[: now.original_classes].float()
-    parents = now.hierarchy.parents.to(table.device)
+    parents, superclasses = now.hierarchy.parents.to(table.device), now.hierarchy.num_super_classes
+    sums = originals.new_zeros(superclasses, originals.shape[1]).index_add_(0, parents[: len(originals)], originals)
+    counts = parents[: len(originals)].bincount(minlength=superclasses)[:, None]
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), originals.mean(0))  # of each superclass
     tiers = [row for row, key in enumerate(row_keys(before)) if key[0] == "superclass"]
     other = (table[tiers].float() if tiers else originals).mean(0)
-
-    def of_class(label: int) -> torch.Tensor:
-        siblings = originals[parents[: now.original_classes] == parents[label]]
-        return (siblings if len(siblings) else originals).mean(0)
-
-    classes = [of_class(label) for label in range(now.hierarchy.num_classes)]
-    return torch.stack(classes + [other] * (len(row_keys(now)) - len(classes)))
+    rows = len(row_keys(now)) - len(parents)
+    return torch.cat([means[parents], other.expand(rows, -1)])

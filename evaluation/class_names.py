@@ -25,7 +25,7 @@ class Matching(NamedTuple):
     by_name: bool
 
 
-def match_classes(names: Sequence[str], hierarchy: Hierarchy) -> Matching:
+def match_names(names: Sequence[str], hierarchy: Hierarchy) -> Matching:
     """Return the labels of classes, given by their names, in a hierarchy.
 
     If one side has numbers only and the other iNaturalist's names, the first parts of the names are compared. If one side
@@ -51,7 +51,7 @@ def find_labels(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
 
 def same_members(own: Hierarchy, hierarchy: Hierarchy) -> bool:
     """Return whether two hierarchies have the same classes under superclasses of the same names, in any order."""
-    labels = match_classes(own.classes, hierarchy).labels
+    labels = match_names(own.classes, hierarchy).labels
     if sorted(labels) != list(range(hierarchy.num_classes)):
         return False
     superclasses = [hierarchy.superclasses[s] for s in hierarchy.parents[labels]]

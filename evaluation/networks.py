@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evaluation import features
-from evaluation.class_names import match_classes
+from evaluation.class_names import match_names
 from evaluation.features import Network
 from evaluation.named_networks import named_network
 from evaluation.saved_statistics import Statistics
@@ -111,7 +111,7 @@ def match_outputs(classifier: Network, count: int, hierarchy: Hierarchy) -> np.n
             f"{file} has {len(classifier.classes)} classes, expected the {count} outputs of {classifier.name}: correct it."
         )
     if classifier.classes and len(classifier.classes) == count:
-        labels = match_classes(classifier.classes, hierarchy).labels
+        labels = match_names(classifier.classes, hierarchy).labels
         missing = sorted(set(range(hierarchy.num_classes)) - set(labels.tolist()))
         if not missing:
             return labels

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from evaluation.class_names import match_classes
+from evaluation.class_names import match_names
 from hierarchy import Hierarchy
 from runtime.text import one_line, shorten
 
@@ -168,7 +168,7 @@ class Arrays:
             )
         self.labels = self.given.astype(np.int64)
         if self.classes:
-            matching = match_classes(self.classes, hierarchy)
+            matching = match_names(self.classes, hierarchy)
             self.labels, self.by_name = matching.labels[self.given], matching.by_name
             unknown = dict.fromkeys(self.classes[i] for i in self.given[self.labels < 0])
             if unknown:

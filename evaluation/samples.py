@@ -29,5 +29,5 @@ def check_complete(images: ImageSet, settings: dict):
     if isinstance(images, Folder) and expected not in (None, len(images)):
         raise ValueError(
             f"{images.path} has {len(images):,} images, but sample_ddp.py was to make {expected:,}: run the same "
-            "sample_ddp.py command again, which completes it, or remove what is not of that run."
+            "sample_ddp.py command again, which completes it, or remove the images of other runs."
         )

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-LINE_SECONDS = 60  # between two lines where there is no terminal
+LINE_SECONDS = 60  # between two lines, if there is no terminal
 
 
 class Lines:

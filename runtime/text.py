@@ -23,3 +23,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], align: str =
     marks = ["---:" if mark == "r" else "---" for mark in align.ljust(len(header), "l")]
     lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
     return [lines[0], f"| {' | '.join(marks)} |", *lines[1:]]
+
+
+def format_value(value: float | None) -> str:
+    """Return a number with three digits, or with all of its digits before the point; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -12,7 +12,6 @@ from helpers.image_sets import NAMES, NO_NETWORKS, read_pixels, run, save_npz, w
 from helpers.launch import launch
 from helpers.tiny_files import CLASSES
 from PIL import Image
-from pytorch_fid.fid_score import compute_statistics_of_path
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -347,36 +346,6 @@ def test_saved_statistics_replace_the_real_images(sets, command, tmp_path, repor
     # statistics as both sets
     _, twice = run(command, tmp_path / "twice", saved_statistics, saved_statistics, "--trust-stats")
     assert twice["overall"]["features"]["tiles"]["fd"] == pytest.approx(0, abs=1e-9)
-
-
-def test_pytorch_fid_reads_saved_statistics(sets, saved_statistics):
-    mu, sigma = compute_statistics_of_path(str(saved_statistics), None, 1, 12, "cpu")
-    network = torch.jit.load(sets / "tiles.pt")
-    real = network(torch.cat([read_pixels(sets / "real")[name] for name in NAMES])).double()
-    np.testing.assert_allclose(mu, real.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, torch.cov(real.T), rtol=1e-9, atol=1e-12)
-
-
-def test_reference_batch_for_adms_evaluator(sets, command, tmp_path):
-    write_set(tmp_path / "real", 32, 1, seed=0)
-    flags = ("--num-workers", 0, "--random-weights", "--lpips-trunk", "none", "--save-adm", tmp_path / "adm.npz")
-    result = command(evaluate.main, tmp_path / "real", *flags)
-    assert result.code == 0, result.err
-    with np.load(tmp_path / "adm.npz") as file:
-        shapes = {name: (file[name].shape, file[name].dtype) for name in file.files}
-        images, mu, sigma = file["arr_0"], file["mu"], file["sigma_s"]
-    assert shapes == {
-        "mu": ((2048,), np.float64),
-        "sigma": ((2048, 2048), np.float64),
-        "mu_s": ((2023,), np.float64),
-        "sigma_s": ((2023, 2023), np.float64),
-        "arr_0": ((5, 32, 32, 3), np.uint8),
-    }
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    assert x.equal(torch.cat([read_pixels(tmp_path / "real", 32)[name] for name in NAMES]))
-    found = features.inception(spatial=True)(x)
-    np.testing.assert_allclose(mu, found["features"].double().mean(0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.diag(sigma), found["spatial"].double().var(0), rtol=1e-2, atol=1e-6)
 
 
 # ---- memory and processes ------------------------------------------------------------------------

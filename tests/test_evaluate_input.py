@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from helpers import image_sets
-from helpers.image_sets import NO_NETWORKS, read_pixels, run, save_npz
+from helpers.image_sets import NO_NETWORKS, assert_refused, run, save_npz
 from helpers.launch import launch
 from helpers.refusals import ODD, ROW, refused, write_png
 from helpers.tiny_files import CLASSES, tree
@@ -19,19 +18,9 @@ from PIL import Image
 
 import evaluate
 from dataset.images import center_crop
-from evaluation import features
 from evaluation.image_sets import open_set
-from evaluation.metrics import Gaussian
-from evaluation.saved_statistics import save_statistics
 
 sets, saved_statistics = image_sets.sets, image_sets.saved_statistics
-
-
-def assert_refused(command, tmp_path, words, *flags):
-    """Assert that evaluate.py exits with one sentence that has these words, and writes nothing."""
-    before = tree(tmp_path)
-    refused(command(evaluate.main, *flags, "--output", tmp_path / "never/out"), *words)
-    assert tree(tmp_path) == before
 
 
 def overwrite(path, data=b"not an image"):
@@ -333,56 +322,6 @@ def test_contradictory_flags_are_refused(sets, command, tmp_path):
     assert_refused(
         command, tmp_path, ["'inception'"], real, sets / "fake", *NO_NETWORKS, "--features", tmp_path / "inception.pt"
     )
-
-
-# ---- statistics ----------------------------------------------------------------------------------
-
-
-@pytest.mark.reliability(*ROW)
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"network": {"name": "tiles", "weights": "0" * 64}}, ["made with weights 0000", "expected "]),
-        ({"network": {"name": "other"}}, ["made with name other, expected tiles"]),
-        ({"crop": 64}, ["expected 64 x 64"]),
-        ({"crop": None}, ["made with crop None, expected 40"]),
-        ({"format": "another"}, ["does not say by which network"]),
-    ],
-)
-def test_statistics_with_another_record_are_refused(sets, command, tmp_path, saved_statistics, change, words):
-    with np.load(saved_statistics) as file:
-        arrays = dict(file)
-    arrays["record"] = json.dumps(json.loads(str(arrays["record"])) | change)
-    np.savez(tmp_path / "changed.npz", **arrays)
-    flags = (*NO_NETWORKS, "--features", sets / "tiles.pt")
-    assert_refused(command, tmp_path, words, tmp_path / "changed.npz", sets / "fake", *flags)
-
-
-def test_statistics_with_another_resize_are_refused(command, tmp_path):
-    record = {"network": {"name": "inception", "weights": "random", "resize": "pytorch"}, "crop": 40}
-    save_statistics(tmp_path / "stats.npz", {None: Gaussian(9, torch.zeros(4), torch.eye(4))}, record)
-    with pytest.raises(ValueError, match="made with resize pytorch, expected tf1"):
-        open_set(tmp_path / "stats.npz").check(features.inception().record, 40)
-
-
-def test_statistics_without_a_record_need_trust_stats(sets, command, tmp_path):
-    network = torch.jit.load(sets / "tiles.pt")
-    real = network(torch.cat(list(read_pixels(sets / "real").values()))).double()
-    np.savez(tmp_path / "other.npz", mu=real.mean(0), sigma=torch.cov(real.T))
-    flags = (*NO_NETWORKS, "--features", sets / "tiles.pt", "--hierarchy", "none")
-    assert_refused(command, tmp_path, ["does not say", "--trust-stats"], tmp_path / "other.npz", sets / "fake", *flags)
-    _, found = run(command, tmp_path / "out", tmp_path / "other.npz", sets / "fake", *flags, "--trust-stats")
-    assert found["overall"]["n_real"] is None and not found["comparable"]
-    assert found["overall"]["features"]["tiles"]["fd"] > 0
-
-
-def test_statistics_give_no_advice_that_needs_images(sets, command, tmp_path, saved_statistics):
-    flags = (*NO_NETWORKS, "--features", sets / "tiles.pt")
-    _, found = run(command, tmp_path / "out", saved_statistics, sets / "fake", *flags)
-    (note,) = (note for note in found["notes"] if "the features of tiles" in note)
-    assert note.startswith("1 row has fewer than 12 images") and "KID" not in note
-    with np.load(saved_statistics) as file:
-        assert found["real"]["pixels"] == json.loads(str(file["record"]))["pixels"]
 
 
 # ---- layouts of folders --------------------------------------------------------------------------

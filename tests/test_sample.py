@@ -1,27 +1,24 @@
 import json
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.refusals import ODD, ROW, refused
-from helpers.tiny_files import CLASSES, tree, write_adapter
+from helpers.refusals import ODD, refused
+from helpers.tiny_files import CLASSES, rewritten, write_adapter
 from helpers.tiny_models import PETS
 from PIL import Image
 
 import models
 import sample
-from checkpoint.description import Base
-from checkpoint.format import read_weights, save_safetensors
-from checkpoint.loading import TABLE, load_adapted, load_weights
+from checkpoint.format import read_weights
+from checkpoint.loading import load_adapted, load_weights
 from diffusion import create_diffusion
 from guidance import GUIDANCES, guided
 from hierarchy import Hierarchy
 from hierarchy.layouts import folder_names
-from runtime.files import sha256
 from sampling.load import build_guidance
 from sampling.samplers import SAMPLERS, sample_latents, to_uint8
 
@@ -221,18 +218,6 @@ def test_a_hierarchy_gives_names_to_an_adapter_with_numbers(run, adapter, tmp_pa
 # ---- guidance: flags and the other weights that they name ------------------------------------------------------------
 
 
-def rewritten(adapter, path, **changes):
-    """The adapter with other numbers in its tensors and `changes` in its description, from an earlier step."""
-    tensors, description = read_weights(adapter)
-    tensors = {
-        name: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(9)) for name, t in tensors.items()
-    }
-    if changes.get("null_row"):
-        tensors[TABLE] = torch.cat([tensors[TABLE], torch.ones(1, 256)])
-    save_safetensors(path, tensors, replace(description, **{"step": 3} | changes))
-    return path
-
-
 @pytest.fixture
 def asked(adapter, monkeypatch):
     """asked(*flags) -> (model, its guidance, description) as sample.py makes them of the flags."""
@@ -325,54 +310,6 @@ def test_every_guidance_draws_and_at_scale_one_is_none(kind, run, adapter, tmp_p
     guided = run(*flags, "--guidance", kind, "--cfg-scale", 3)
     assert equal(guided, none) == (kind == "none")
     assert equal(run(*flags, "--guidance", kind, "--cfg-scale", 3, "--guidance-interval", 0, 999), guided)
-
-
-def official_base(adapter, official, path):
-    return rewritten(adapter, path, base=Base(str(official), sha256(official)))
-
-
-REFUSED = [
-    ("--cfg-scale -0.5", "--cfg-scale is -0.5, expected a finite number, 0 or more"),
-    ("--guidance chain --cfg-scale-parent nan", "--cfg-scale-parent is nan"),
-    ("--guidance-interval 600 200", "--guidance-interval is 600 200 the lower one first"),
-    ("--guidance-interval 0 1000", "--guidance-interval is 0 1000, expected two timesteps of 0..999"),
-    ("--guidance-interval -1 999", "--guidance-interval is -1 999"),
-    ("--guidance null", "--guidance is null, but the model has no null row: train it with --null-prob"),
-    ("--guidance chain", "--guidance is chain, but the model has no null row"),
-    ("--guidance autoguidance", "pass an earlier adapter as --weak"),
-    ("--guidance autoguidance --weak nowhere", "--weak is nowhere, expected an earlier adapter"),
-    ("--guidance autoguidance --weak @base", "expected an earlier adapter"),
-    ("--guidance autoguidance --weak @rebased", "is of another base, model or method than"),
-    ("--guidance autoguidance --weak @rooted", "is of another base, model or method than"),
-    ("--weak @base", "--weak belongs to --guidance autoguidance, found superclass"),
-    ("--cfg-scale-parent 2", "--cfg-scale-parent belongs to --guidance chain"),
-    ("--ckpt @rebased --guidance domain", "--guidance domain needs the null row of a plain DiT"),
-    ("--ckpt @plain --guidance domain", "expected an adapter"),
-    ("--seed-mode official --guidance none", "drop the other flags"),
-    (
-        "--seed-mode official --mixed-precision bf16",
-        "--seed-mode is official and --mixed-precision bf16, expected float32",
-    ),
-    ("--seed-mode official --guidance-interval 0 500", "drop the other flags"),
-]
-
-
-@pytest.mark.reliability(*ROW)
-@pytest.mark.parametrize("flags, words", REFUSED, ids=lambda value: value.replace("/", "|"))
-def test_guidance_that_cannot_be(flags, words, command, adapter, base, official, tmp_path):
-    make = {
-        "@base": lambda: base,
-        "@rebased": lambda: official_base(adapter, official, tmp_path / "rebased.safetensors"),
-        "@rooted": lambda: rewritten(adapter, tmp_path / "rooted.safetensors", null_row=True),
-    }
-    start = ["--ckpt", adapter]
-    if "@plain" in flags:
-        start, flags = ["--ckpt", base, *PIXELS, "--num-classes", 9, "--num-super-classes", 1], flags[14:]
-    flags = [make[flag]() if flag in make else flag for flag in flags.split()]
-    before = tree(tmp_path)
-    result = command(sample.main, *start, "--sample-dir", tmp_path / "out", *flags)
-    refused(result, *words.split(" the lower"))
-    assert tree(tmp_path) == before
 
 
 # ---- checkpoints without a description -----------------------------------------------------------

@@ -1,6 +1,6 @@
 """Merge patches, adapters with rows for further classes (train.py --extend), into the adapter that they extend.
 
-    python -m tools.merge results/birds/adapters/0002000.safetensors results/frogs/adapters/0002000.safetensors --out all
+    python -m tools.merge runs/a/adapters/0002000.safetensors runs/b/adapters/0002000.safetensors --out all.safetensors
 
 The patches may extend the same adapter, or each other. The result is one adapter on the adapter's own base. The new classes
 are sorted by name, so that the order of the patches does not matter.
@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from checkpoint.description import ModelDescription
-from checkpoint.format import read_weights, save_safetensors
-from checkpoint.loading import TABLE, load_base_weights
+from checkpoint.format import read_description, read_weights, save_safetensors
+from checkpoint.loading import TABLE, find_base
 from checkpoint.rows import match_rows, row_keys
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import sha256
 
 EXAMPLES = """
-    python -m tools.merge results/birds/adapters/0002000.safetensors results/frogs/adapters/0002000.safetensors --out all
+    python -m tools.merge runs/a/adapters/0002000.safetensors runs/b/adapters/0002000.safetensors --out all.safetensors
 """
 
 Rows = dict[tuple[str, str], tuple[torch.Tensor, str | None]]  # by kind and name: the row, and a class's superclass
@@ -37,14 +37,13 @@ def read_patches(path: str | Path) -> tuple[Path, Rows]:
         raise ValueError(
             f"{path} is not a patch, expected an adapter of train.py --extend --train rows: name another file."
         )
-    load_base_weights(description.base, path)  # checks its SHA-256
+    base = find_base(description.base, path)
     keys, hierarchy, rows = row_keys(description), description.hierarchy, {}
     for row, values in zip(description.patch_rows, tensors[TABLE]):
         kind, name = keys[row]
         parent = hierarchy.superclasses[hierarchy.parents[row]] if kind == "class" else None
         rows[kind, name] = values.float(), parent
-    base = Path(description.base.path)
-    if read_weights(base)[1].patch_rows:
+    if read_description(base).patch_rows:
         base, below = read_patches(base)
         rows = merge_rows(below, rows, path)
     return base, rows
@@ -71,7 +70,9 @@ def extend_description(description: ModelDescription, rows: Rows) -> ModelDescri
 
 
 def merge(args: argparse.Namespace):
-    """Write the adapter below --patches with all their rows."""
+    """Write the adapter below the patches with all their rows."""
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(f"--out is {args.out}, expected a name that ends in .safetensors.")
     if Path(args.out).exists():
         raise ValueError(f"{args.out} exists and is not overwritten: remove it or choose another --out.")
     base, rows, digest = None, {}, None

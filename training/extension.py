@@ -56,7 +56,7 @@ def extend(description: ModelDescription, args: argparse.Namespace) -> tuple[Mod
             f"The data has {len(known)} classes that {args.resume} has already ({known[0]}), expected new ones: remove them, "
             "or pass --train all to train on them too."
             if len(known) < data.num_classes
-            else f"The data has no class that {args.resume} lacks, expected new ones: drop --extend to train on."
+            else f"The data has no class that {args.resume} lacks, expected new ones: drop --extend to train it further."
         )
     hierarchy = extend_hierarchy(source.hierarchy, data)
     extended = replace(

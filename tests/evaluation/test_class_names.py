@@ -8,7 +8,7 @@ import torch
 from helpers.species import SPECIES
 from helpers.tiny_models import PETS, THREE_PETS, refusal
 
-from evaluation.class_names import match_classes, same_members
+from evaluation.class_names import match_names, same_members
 from evaluation.image_sets import open_set
 from evaluation.metrics import Gaussian
 from evaluation.notes import label_notes
@@ -44,7 +44,7 @@ def npz(path, labels, hierarchy=None):
     ],
 )
 def test_classes_are_matched_by_name(own, hierarchy, labels, by_name):
-    found = match_classes(own.classes, hierarchy)
+    found = match_names(own.classes, hierarchy)
     assert found.labels.tolist() == list(labels) and found.by_name is by_name
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_files import CLASSES
+from helpers.refusals import refused
+from helpers.tiny_files import CLASSES, tree
 from PIL import Image
 from torch.nn import functional as F
 
@@ -105,3 +106,10 @@ def saved_statistics(sets, command, tmp_path_factory):
     result = command(evaluate.main, sets / "real", *networks, "--image-size", 40, "--save-stats", path)
     assert result.code == 0, result.err
     return path
+
+
+def assert_refused(command, tmp_path, words, *flags):
+    """Assert that evaluate.py exits with one sentence that has these words, and writes nothing."""
+    before = tree(tmp_path)
+    refused(command(evaluate.main, *flags, "--output", tmp_path / "never/out"), *words)
+    assert tree(tmp_path) == before

@@ -1,6 +1,7 @@
 """Tiny images, weights and adapters on the disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from helpers.tiny_models import described
 from PIL import Image
 
 from checkpoint.description import Base
-from checkpoint.format import PACKED, file_metadata, save_adapter, write_tensors
-from checkpoint.loading import build_model
+from checkpoint.format import PACKED, file_metadata, read_weights, save_adapter, save_safetensors, write_tensors
+from checkpoint.loading import TABLE, build_model
 from finetune import METHODS, kind_of, select
 from hierarchy import archive
 from models import DiT_models
@@ -54,6 +55,18 @@ def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more)
     updates = {name: p for name, p in model.named_parameters() if kind_of(name) == "lora"}
     random |= {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in updates.items()}
     save_adapter(path, {name: random[name] for name in select(model, METHODS[method])}, model, description)
+    return path
+
+
+def rewritten(adapter, path, **changes):
+    """The adapter with other numbers in its tensors and `changes` in its description, from an earlier step."""
+    tensors, description = read_weights(adapter)
+    tensors = {
+        name: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(9)) for name, t in tensors.items()
+    }
+    if changes.get("null_row"):
+        tensors[TABLE] = torch.cat([tensors[TABLE], torch.ones(1, 256)])
+    save_safetensors(path, tensors, replace(description, **{"step": 3} | changes))
     return path
 
 

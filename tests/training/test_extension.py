@@ -188,3 +188,5 @@ def test_patches_that_differ_are_not_merged(extended, adapter, base, images, roo
     }.items():
         result = call(merge.main, *patches, "--out", tmp_path / "out.safetensors")
         assert result.code == 2 and words in result.err and not (tmp_path / "out.safetensors").exists()
+    result = call(merge.main, a, "--out", tmp_path / "out")
+    assert result.code == 2 and "expected a name that ends in .safetensors" in result.err
