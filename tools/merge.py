@@ -62,7 +62,8 @@ def merge_rows(first: Rows, second: Rows, path: str | Path) -> Rows:
 def extend_description(description: ModelDescription, rows: Rows) -> ModelDescription:
     """Return the description of an adapter with further classes and superclasses, which follow its own by name."""
     own = description.hierarchy
-    superclasses = [*own.superclasses, *sorted(name for kind, name in rows if kind == "superclass")]
+    found = {parent for _, parent in rows.values() if parent}
+    superclasses = [*own.superclasses, *sorted(found - set(own.superclasses))]
     new = sorted((name, parent) for (kind, name), (_, parent) in rows.items() if kind == "class")
     parents = own.parents.tolist() + [superclasses.index(parent) for _, parent in new]
     hierarchy = Hierarchy([*own.classes, *(name for name, _ in new)], superclasses, parents, own.name)

@@ -177,6 +177,17 @@ def test_an_extension_that_does_not_fit_is_refused(flags, words, adapter, root):
         raise ValueError(result.err.strip().removeprefix("train.py: "))
 
 
+def test_a_table_with_a_null_row_is_extended_and_merged_too(extended, base, images, tmp_path):
+    """A new superclass then has no row, but a place in the hierarchy."""
+    plain = write_adapter(tmp_path / "plain.safetensors", base, Hierarchy.from_folder(images), "bitfit")
+    path = extended("plain", "birds", plain)
+    result = call(merge.main, path, "--out", tmp_path / "all.safetensors")
+    assert result.code == 0 and "2 rows added" in result.out, result.err
+    merged, expected = rows_of(tmp_path / "all.safetensors"), rows_of(path)
+    assert merged.keys() == expected.keys() and all(merged[key].equal(expected[key]) for key in expected)
+    assert read_weights(tmp_path / "all.safetensors")[1].hierarchy.superclasses == ("cats", "dogs", "birds")
+
+
 def test_patches_that_differ_are_not_merged(extended, adapter, base, images, root, tmp_path):
     a, other = extended("a", "cats", adapter), extended("a2", "cats", adapter, "--global-seed", 1)
     alone = write_adapter(tmp_path / "alone.safetensors", base, Hierarchy.from_folder(images), seed=4)
