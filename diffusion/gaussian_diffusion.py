@@ -301,6 +301,7 @@ class GaussianDiffusion:
         progress: bool = False,
         step_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         step: Callable | None = None,
+        steps: int | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Sample from noise, without gradients, and yield the "sample" and "pred_xstart" of every step.
 
@@ -312,6 +313,7 @@ class GaussianDiffusion:
                     runs from num_timesteps - 1 down to 0, where the noise is multiplied by 0. With it each image can have
                     its own noise stream
         step        the method that makes one step, by default `p_sample`
+        steps       make only the last steps, 1 to num_timesteps, from `noise` as x at t = steps - 1; by default all
 
         The others are those of `p_sample`. Raises ValueError if noise has another shape, or if neither noise nor device
         is given and the model is not a module.
@@ -320,7 +322,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn(*shape, device=_device(model) if device is None else device)
         x = _noise_of(shape, noise).to(device, torch.promote_types(noise.dtype, torch.float32))
-        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
+        for i in tqdm(range((steps or self.num_timesteps) - 1, -1, -1), disable=not progress):
             noise_fn = torch.randn_like
             if step_noise is not None:
                 noise_fn = lambda x, i=i: _noise_of(shape, step_noise(x, i))  # noqa: E731

@@ -48,22 +48,38 @@ def draw_noise(
 
 
 def run_sampler(
-    predict: Callable, draw_next: Callable, sampler: str = "ddpm", steps: int = 250, progress: bool = False
+    predict: Callable,
+    draw_next: Callable,
+    sampler: str = "ddpm",
+    steps: int = 250,
+    progress: bool = False,
+    init: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> torch.Tensor:
-    """Return latents (N, C, h, w) sampled from noise.
+    """Return latents (N, C, h, w) sampled from noise, or from noisy latents.
 
     predict     f(x, t) -> (N, 2C, h, w), or (N, C, h, w) for a solver; t is a timestep in 0..999, an int
     draw_next   f() -> standard normal noise (N, C, h, w): the initial noise, then for "ddpm" that of each step but the last
     sampler     "ddpm" (arXiv 2006.11239) or "ddim" (arXiv 2010.02502, eta 0) on evenly spaced timesteps, "dpm++"
                 (DPM-Solver++ 2M, arXiv 2211.01095) or "unipc" (UniPC-2, arXiv 2302.04867) on `solver_timesteps`
     steps       1 to 1000; each calls `predict` once
+    init        latents (N, C, h, w) to vary (SDEdit, arXiv 2108.01073): the initial noise is added to them at the timestep
+                where the last `steps_to_make(steps, strength)` steps begin, and these steps are made
+    strength    0 to 1: 0 returns `init`, 1 ignores it
     """
+    count = steps if init is None else steps_to_make(steps, strength)
+    if not count:
+        return init
     x = draw_next()
-    if sampler in ("dpm++", "unipc"):
-        return run_solver(predict, x, sampler, solver_timesteps(steps), progress)
     diffusion = create_diffusion(str(steps))
+    solver = sampler in ("dpm++", "unipc")
+    timesteps = (solver_timesteps(steps).tolist() if solver else diffusion.timestep_map[::-1])[-count:]
+    if count < steps:
+        x = create_diffusion("").q_sample(init, timesteps[0], x)
+    if solver:
+        return run_solver(predict, x, sampler, np.array(timesteps), progress)
     loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
-    timesteps = reversed(diffusion.timestep_map)  # as ints: to read the tensor that the loop passes waits for a GPU
+    timesteps = iter(timesteps)  # ints: to read the tensor that the loop passes waits for a GPU
     unused = torch.zeros_like(x)  # the noise of the last step, and all of DDIM's, is multiplied by zero
     return loop(
         lambda x, _: predict(x, next(timesteps)),
@@ -73,7 +89,13 @@ def run_sampler(
         progress=progress,
         device=x.device,
         step_noise=lambda x, i: unused if i == 0 or sampler == "ddim" else draw_next(),
+        steps=count,
     )
+
+
+def steps_to_make(steps: int, strength: float) -> int:
+    """Return how many of a sampler's steps a variation makes: strength x steps, rounded down as in diffusers."""
+    return int(steps * strength + 1e-9)  # 0.29 x 100 is 28.999... in binary
 
 
 def solver_timesteps(steps: int) -> np.ndarray:
@@ -179,6 +201,8 @@ def sample_keyed(
     progress: bool = False,
     autocast: torch.dtype | None = None,
     fill: int = 0,
+    init: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> torch.Tensor:
     """Return latents (N, C, h, w) of `labels` (N,); see `run_sampler`.
 
@@ -186,11 +210,14 @@ def sample_keyed(
     autocast  half precision of the model, torch.bfloat16 or torch.float16, or None
     fill      sample at least this many images, of which only the N are returned: a compiled model would compile again for
               a smaller batch
+    init      latents (N, C, h, w) to vary, with a strength of 0 to 1
     """
     device, images = model.pos_embed.device, len(labels)
     more = max(0, fill - images)
     labels, keys = torch.as_tensor(labels, device=device), [*keys, *keys[:1] * more]
     labels = torch.cat([labels, labels[:1].expand(more)])
+    if init is not None:
+        init = torch.cat([init, init[:1].expand(more, *init.shape[1:])])
     streams = [noise_stream(*key) for key in keys]
     shape = (model.in_channels, model.input_size, model.input_size)
     prediction = guided(model, labels, guidance, keys)
@@ -199,7 +226,8 @@ def sample_keyed(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             return prediction(x, t).float()
 
-    return run_sampler(predict, lambda: draw_noise(streams, shape, device), sampler, steps, progress)[:images]
+    options = dict(progress=progress, init=init, strength=strength)
+    return run_sampler(predict, lambda: draw_noise(streams, shape, device), sampler, steps, **options)[:images]
 
 
 def sample_latents(
