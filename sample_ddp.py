@@ -6,7 +6,11 @@
 Writes `<sample-dir>/<name>/<class>/<number>.png`, or `<sample-dir>/<name>.npz` as ADM's evaluation reads it, or both. After an
 interruption the same command, on any number of processes, samples the missing images: there are exactly N in the end.
 
-Seed and number alone determine the noise of image k, at every step. On a CPU an image is the same bit for bit for any batch
+`--counts` and `--fill-to` choose how many images each class gets, for data sets with few images of some classes; and
+`--init-images` varies real images. docs/usefulness.md shows both.
+
+Seed and number alone determine the noise of image k, at every step; with `--counts` and `--fill-to` seed, class and
+position in the class do, as in sample.py. On a CPU an image is the same bit for bit for any batch
 size and number of processes: the network sees one image at a time and computes in one thread, because the rounding errors
 of a matrix product depend on its height and on the threads that share it (1e-6 of an image, measured). To use all cores
 of a CPU, start as many processes. On a GPU forward passes are batched, and images change by such rounding errors alone.
@@ -15,17 +19,15 @@ of a CPU, start as many processes. On a GPU forward passes are batched, and imag
 import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
 import hashlib
-import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import PartialState
 
 from autoencoder import Autoencoder
 from checkpoint.description import ModelDescription
-from guidance import hash_integer
 from runtime.cli import Parser, check_range, run_command
 from runtime.device import (
     describe_computation,
@@ -38,6 +40,14 @@ from runtime.device import (
 from runtime.files import sha256
 from runtime.processes import agree, agree_in_turns, agree_on_main, keep_process_group, start_processes
 from runtime.progress import progress_bar
+from sampling.choice import (
+    DEFAULT_IMAGES,
+    Images,
+    check_choice,
+    check_processes,
+    choose_images,
+    nothing_missing,
+)
 from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.options import add_options, advise_smaller, check_options, parse_with_preset
 from sampling.samplers import check_finite_images, sample_keyed, to_uint8
@@ -48,7 +58,6 @@ EXAMPLES = """
 torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/inat/adapters/0200000.safetensors --mixed-precision bf16
 python sample_ddp.py --ckpt results/inat/adapters/0200000.safetensors --num-fid-samples 10000 --format both --name inat
 """
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -59,13 +68,18 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
     add_options(parser)
     add = parser.add_argument_group("images").add_argument
-    add("--num-fid-samples", type=int, default=50_000, help="number of images")
+    add("--num-fid-samples", type=int, help=f"number of images; if not given, {DEFAULT_IMAGES}")
     add(
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
         help="balanced: equally many images of each class, within one; random: uniform draws",
     )
+    add("--counts", help="instead: a JSON object or CSV file with the number of images of each class, by name or label")
+    add("--fill-to", type=int, metavar="N", help="instead: sample what each class of --data-path lacks to N images")
+    add("--data-path", help="folder of images that --fill-to fills; it is only read")
+    add("--init-images", metavar="DIR", help="vary the images of this folder, those of a class in turn")
+    add("--strength", type=float, help="of the variation: 0 is the image itself, 1 ignores it and is plain sampling")
     add("--global-seed", type=int, default=0, help="seed of noise and random labels")
     add("--per-proc-batch-size", type=int, default=32, help="images per forward pass on a GPU")
     add = parser.add_argument_group("output").add_argument
@@ -80,38 +94,24 @@ def check_settings(args: argparse.Namespace, world: int):
     check_options(args)
     many = (1, 10**9)
     check_range(args, num_fid_samples=many, per_proc_batch_size=many, global_seed=(0, 2**63 - 1))
+    check_range(args, fill_to=many, strength=(0, 1))
     if args.name and (Path(args.name).name != args.name or args.name == ".."):
         raise ValueError(f"--name is {args.name}, expected the name of a folder: choose its place with --sample-dir.")
-    if world > args.num_fid_samples:
-        raise ValueError(
-            f"{world} processes are more than --num-fid-samples {args.num_fid_samples}: start as many as there are images, or "
-            "fewer."
-        )
+    check_choice(args)
+    if args.counts is None and args.fill_to is None:
+        check_processes(world, args.num_fid_samples or DEFAULT_IMAGES, "--num-fid-samples")
 
 
-# ---- labels and settings -------------------------------------------------------------------------
-
-
-def balanced_labels(count: int, classes: int) -> np.ndarray:
-    """Return labels int64 (count,) in which the numbers of images of two classes differ by at most one.
-
-    Image k has label k * stride mod classes, with a stride near the golden section of `classes` and coprime to it. So
-    every `classes` consecutive images contain each class once. And any consecutive images are spread evenly over the order
-    of the classes, in which a superclass is one range or a few: a short run shows each superclass in its share.
-    """
-    stride = max(1, round(GOLDEN_RATIO * classes))
-    while math.gcd(stride, classes) > 1:
-        stride += 1
-    return np.arange(count) * stride % classes
-
-
-def random_labels(count: int, classes: int, seed: int) -> np.ndarray:
-    """Return labels int64 (count,), drawn uniformly; the label of image k depends on (seed, k) alone."""
-    return np.array([hash_integer(f"label {seed} {k}") % classes for k in range(count)])
+# ---- settings ------------------------------------------------------------------------------------
 
 
 def collect_settings(
-    args: argparse.Namespace, description: ModelDescription, autoencoder: Autoencoder, precision: str, compiled: bool
+    args: argparse.Namespace,
+    images: Images,
+    description: ModelDescription,
+    autoencoder: Autoencoder,
+    precision: str,
+    compiled: bool,
 ) -> dict:
     """Return everything that determines the images, as JSON; precision and compiled: those in use."""
     weights = hashlib.sha256()
@@ -136,20 +136,21 @@ def collect_settings(
         "tf32": args.tf32,
         "compile": compiled,
         "global_seed": args.global_seed,
-        "labels": args.labels,
-        "num_fid_samples": args.num_fid_samples,
+        **images.settings(args.labels),
         "format": args.format,
     }
 
 
 def run_name(args: argparse.Namespace, description: ModelDescription) -> str:
-    """Return DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, then guidance and sampler unless default."""
+    """Return DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, then what is not default."""
     path = Path(args.ckpt or "pretrained")
     run = [path.parent.parent.name] if path.parent.name == "adapters" else []
     name = "-".join([description.model.replace("/", "-"), *run, path.stem])
     name += f"-size-{description.image_size}-vae-{Path(description.vae).name}-cfg-{args.cfg_scale}"
     name += f"-steps-{args.num_sampling_steps}-seed-{args.global_seed}"
     extra = [args.guidance] * (args.guidance != "superclass") + [args.sampler] * (args.sampler != "ddpm")
+    extra += ["counts"] * bool(args.counts) + [f"fill-{args.fill_to}"] * bool(args.fill_to)
+    extra += [f"strength-{args.strength}"] * bool(args.init_images and args.strength < 1)
     return "-".join([name, *extra])
 
 
@@ -183,7 +184,6 @@ def sample(args: argparse.Namespace):
     state = start_processes()
     device, rank, world = state.device, state.process_index, state.num_processes
     agree(state, check_settings, args, world)
-    count = args.num_fid_samples
     if device.type == "cpu":
         torch.set_num_threads(1)
     set_tf32(args.tf32)
@@ -192,41 +192,47 @@ def sample(args: argparse.Namespace):
     precision = agree(state, resolve_precision, args.mixed_precision, device)
     half = half_dtype(precision)
     model, description, autoencoder = agree_in_turns(state, load_model, args, device, half)
+    guidance = agree(state, build_guidance, args, model)
+
+    # Choose the images:
+    hierarchy = description.hierarchy
+    images = agree(state, choose_images, args, hierarchy, world)
+    count = len(images.labels)
+    if not count:
+        return finish(state, nothing_missing(args))
     # as many steps as in batches of 32 in one process, so that a run continues on any number of processes
     compiled = resolve_compile(args.compile, device, args.num_sampling_steps * count // 32)
-    guidance = agree(state, build_guidance, args, model)
     speed_up(model, half, compiled, swaps=args.guidance in SWAPPING)
-
-    # Choose labels:
-    hierarchy = description.hierarchy
-    if args.labels == "balanced":
-        labels = balanced_labels(count, hierarchy.num_classes)
-    else:
-        labels = random_labels(count, hierarchy.num_classes, args.global_seed)
 
     # Sample the missing images:
     folder = Path(args.sample_dir, args.name or run_name(args, description))
-    store = Store(folder, labels, hierarchy.classes, description.image_size, args.format)
+    store = Store(folder, images.labels, hierarchy.classes, description.image_size, args.format, images.file_numbers())
     batch_size = 1 if device.type == "cpu" else args.per_proc_batch_size
 
     def generate(numbers):
-        keys = [(args.global_seed, k) for k in numbers]
+        labels, keys = images.labels[numbers], [images.key(args.global_seed, k) for k in numbers]
         fill = batch_size if compiled else 0
         options = dict(sampler=args.sampler, steps=args.num_sampling_steps, autocast=half, fill=fill)
         with explain_full_memory(len(numbers), advise_smaller("--per-proc-batch-size", len(numbers))):
-            return autoencoder.decode(sample_keyed(model, labels[numbers], keys, guidance, **options))
+            options |= images.variation(numbers, description.image_size, autoencoder, device)
+            return autoencoder.decode(sample_keyed(model, labels, keys, guidance, **options))
 
     if state.is_main_process and device.type == "cuda":
         print(describe_computation(device, precision, compiled))
     with closing(store):
         agree_on_main(
-            state, lambda: store.prepare(collect_settings(args, description, autoencoder, precision, compiled))
+            state, lambda: store.prepare(collect_settings(args, images, description, autoencoder, precision, compiled))
         )
         sample_missing(store, generate, args.global_seed, batch_size, rank, world)
         state.wait_for_everyone()
         agree_on_main(state, store.finish)
+    finish(state, f"{count:,} images in {' and '.join(map(str, store.places()))}")
+
+
+def finish(state: PartialState, message: str):
+    """Print the last message and leave the processes."""
     if state.is_main_process:
-        print(f"{count:,} images in {' and '.join(map(str, store.places()))}")
+        print(message)
     keep_process_group()
     state.destroy_process_group()
 

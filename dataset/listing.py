@@ -46,21 +46,22 @@ class Listing(NamedTuple):
     ignored: list[str]
 
 
-def list_files(path: str | os.PathLike, hierarchy: Hierarchy) -> Listing:
+def list_files(path: str | os.PathLike, hierarchy: Hierarchy, partial: bool = False) -> Listing:
     """List the images at `path`.
 
     path: `superclass/class/*`, `class/*`, iNaturalist or VegFru as they unpack, or a list file of VegFru such as
     `vegfru_list/vegfru_val.txt`. VegFru's folder means its train list if there is one, or else all images.
 
     Classes are matched by name; if the hierarchy has only numbers, by the number at the start of an iNaturalist name.
-    The superclasses are the hierarchy's, whatever folder a class is in. Raises ValueError if folders and classes differ.
+    The superclasses are the hierarchy's, whatever folder a class is in. Raises ValueError if folders and classes differ;
+    with `partial` classes may have no folder or no images.
     """
     path, root = Path(path), release_root(path)
     train = root / VEGFRU_LISTS / "vegfru_train.txt"
     if path.is_file() or is_vegfru(root) and train.is_file():
-        listing = list_vegfru(path if path.is_file() else train, root, hierarchy)
+        listing = list_vegfru(path if path.is_file() else train, root, hierarchy, partial)
     else:
-        listing = list_class_folders(root, class_folders(root), hierarchy)
+        listing = list_class_folders(root, class_folders(root), hierarchy, partial)
     broken = [name for name in listing.paths if "\n" in name]
     if broken:
         raise ValueError(
@@ -76,17 +77,17 @@ def list_images(root: str | os.PathLike, hierarchy: Hierarchy) -> tuple[list[str
     return [os.path.join(listing.root, path) for path in listing.paths], torch.tensor(listing.labels)
 
 
-def list_class_folders(root: Path, folders: Sequence[Path], hierarchy: Hierarchy) -> Listing:
+def list_class_folders(root: Path, folders: Sequence[Path], hierarchy: Hierarchy, partial: bool = False) -> Listing:
     check_unique_folders(folders)
     root = root if is_vegfru(root) else image_root(root)
-    label_of = match_classes([folder.name for folder in folders], hierarchy, root)
+    label_of = match_classes([folder.name for folder in folders], hierarchy, root, partial)
     paths, labels, ignored = [], [], []
     for above in sorted({root, *(folder.parent for folder in folders)}):
         ignored += [entry.path for entry in sorted_entries(above) if is_hidden(entry) or is_image(entry)]
     ordered = sorted(folders, key=lambda folder: label_of[folder.name])
     for folder in progress_bar(ordered, unit="class", desc=f"listing {root}", leave=False, delay=SILENT_SECONDS):
         found = {entry.name: is_image(entry) for entry in sorted_entries(folder)}
-        if not any(found.values()):
+        if not any(found.values()) and not partial:
             raise ValueError(
                 f"Class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)}), expected at least one: add some, or "
                 "remove the class from the folder and the hierarchy."
@@ -98,7 +99,7 @@ def list_class_folders(root: Path, folders: Sequence[Path], hierarchy: Hierarchy
     return Listing(root, paths, labels, [Path(path).relative_to(root).as_posix() for path in ignored])
 
 
-def list_vegfru(path: Path, root: Path, hierarchy: Hierarchy) -> Listing:
+def list_vegfru(path: Path, root: Path, hierarchy: Hierarchy, partial: bool = False) -> Listing:
     images = sorted(image for image, _ in read_vegfru_list(path))
     missing = [str(image) for image in images if not (root / image).is_file()]
     if missing or not images:
@@ -106,13 +107,13 @@ def list_vegfru(path: Path, root: Path, hierarchy: Hierarchy) -> Listing:
             f"{path} names {len(images)} images, of which {root} lacks {len(missing)} ({shorten(missing)}): unpack the "
             "VegFru release again."
         )
-    label_of = match_classes(list({image.parent.name: 0 for image in images}), hierarchy, path)
+    label_of = match_classes(list({image.parent.name: 0 for image in images}), hierarchy, path, partial)
     images.sort(key=lambda image: label_of[image.parent.name])
     return Listing(root, [image.as_posix() for image in images], [label_of[image.parent.name] for image in images], [])
 
 
-def match_classes(folders: Sequence[str], hierarchy: Hierarchy, root: Path) -> dict[str, int]:
-    """Return {folder name: label}; raise ValueError unless each folder is a class and each class has a folder."""
+def match_classes(folders: Sequence[str], hierarchy: Hierarchy, root: Path, partial: bool = False) -> dict[str, int]:
+    """Return {folder name: label}; raise ValueError unless each folder is a class and, if not `partial`, each class has one."""
     label_of = {name: label for label, name in enumerate(hierarchy.classes)}
     class_of = {folder: folder.split("_")[0] if hierarchy.numbered else folder for folder in folders}
     unknown = [folder for folder in folders if class_of[folder] not in label_of]
@@ -122,7 +123,7 @@ def match_classes(folders: Sequence[str], hierarchy: Hierarchy, root: Path) -> d
             "the --hierarchy that has them."
         )
     missing = sorted(label_of.keys() - set(class_of.values()), key=label_of.get)
-    if missing:
+    if missing and not partial:
         raise ValueError(
             f"{root} lacks {len(missing)} of the {hierarchy.num_classes} classes of {hierarchy.name} ({shorten(missing)}): "
             "add their images or pass a smaller --hierarchy."

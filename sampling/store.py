@@ -1,7 +1,7 @@
 """Files of a run of sample_ddp.py: N numbered images, written by several processes, across interruptions.
 
     <folder>/settings.json          the settings that determine the images; a run with others is refused
-    <folder>/<class>/<k:06d>.png    format "png" or "both"
+    <folder>/<class>/<k:06d>.png    format "png" or "both"; with positions, <class>/<position:06d>.png
     <folder>.npz                    format "npz" or "both", as ADM's evaluation reads it:
                                     arr_0 uint8 (N, H, W, 3), arr_1 int64 labels (N,), classes: the names of the classes
     <folder>/rows, <folder>/digests until the npz is complete: its pixels, and a hash of 8 bytes for each image in it
@@ -41,13 +41,17 @@ class PngFolder:
     labels         int64 (N,)
     class_folders  name of the folder of each class
     image_size     height and width
+    numbers        int64 (N,), the number in the name of each file
     """
 
-    def __init__(self, folder: Path, labels: np.ndarray, class_folders: Sequence[str], image_size: int):
+    def __init__(
+        self, folder: Path, labels: np.ndarray, class_folders: Sequence[str], image_size: int, numbers: np.ndarray
+    ):
         self.folder, self.labels, self.class_folders, self.image_size = folder, labels, class_folders, image_size
+        self.numbers = numbers
 
     def path(self, k: int) -> Path:
-        return self.folder / self.class_folders[self.labels[k]] / f"{k:06d}.png"
+        return self.folder / self.class_folders[self.labels[k]] / f"{self.numbers[k]:06d}.png"
 
     def bytes_to_write(self) -> float:
         """Return an estimate of the size of all PNGs."""
@@ -187,6 +191,7 @@ class Store:
     classes        name of each class
     image_size     height and width
     format         one of FORMATS
+    positions      int64 (N,), of each image among those of its class, to name the PNGs by; None names them by k
     """
 
     def __init__(
@@ -196,9 +201,12 @@ class Store:
         classes: Sequence[str],
         image_size: int,
         format: str,
+        positions: np.ndarray | None = None,
     ):
         self.folder, self.labels = Path(folder), np.asarray(labels, np.int64)
-        self.png = PngFolder(self.folder, self.labels, folder_names(classes), image_size) if format != "npz" else None
+        numbers = np.arange(len(labels)) if positions is None else positions
+        place = self.folder, self.labels, folder_names(classes), image_size
+        self.png = PngFolder(*place, numbers) if format != "npz" else None
         self.npz = NpzFile(self.folder, self.labels, classes, image_size) if format != "png" else None
         self.formats = [each for each in (self.png, self.npz) if each]
         self.lock = None

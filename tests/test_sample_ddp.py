@@ -18,7 +18,7 @@ from PIL import Image
 
 import sample_ddp
 from hierarchy import Hierarchy
-from sample_ddp import balanced_labels, random_labels
+from sampling.choice import balanced_labels, random_labels
 from sampling.samplers import SAMPLERS
 from sampling.store import Store, Writer
 

@@ -17,8 +17,8 @@ from helpers.tiny_files import tree
 import sample
 import sample_ddp
 from models import DiT
-from sample_ddp import balanced_labels
 from sampling import store
+from sampling.choice import balanced_labels
 from sampling.store import Store
 
 run, here = sampling_runs.run, sampling_runs.here
