@@ -9,92 +9,32 @@ the protocol and its reasons.
 
 import runtime.quick_help  # noqa: F401, I001 - first: --help does not wait for the imports below
 import argparse
-import platform
 import sys
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from matplotlib.figure import Figure
 
-from evaluation.comparison import (
-    NEIGHBOURS,
-    ComparedSet,
-    Floor,
-    MeasuredSet,
-    SavedSet,
-    group_metrics,
-    overall_metrics,
-)
-from evaluation.features import Network, why_not_comparable
+from evaluation.closest_pairs import closest_pairs, pairs_csv, pairs_figure
+from evaluation.comparison import ComparedSet, MeasuredSet, SavedSet
+from evaluation.features import Network
 from evaluation.image_pass import float64_device, moments_name, run_pass
-from evaluation.image_sets import ImageSet, Pixels, check_sets, choose_hierarchy, open_pixels, open_second, open_set
-from evaluation.metrics import KID_SUBSETS
+from evaluation.image_sets import Pixels
+from evaluation.inputs import OpenedSets, open_sets
+from evaluation.memorisation import Memorisation
 from evaluation.networks import Networks, check_networks, load_networks, recorded_networks
-from evaluation.notes import bias_notes, classifier_notes, floor_notes, image_notes, label_notes
-from evaluation.options import HALVES, check_settings, parse_args
-from evaluation.plan import SAMPLE, Plan, make_plan
-from evaluation.reports import OVERALL, text_table, write_report
-from evaluation.samples import check_complete, read_sample_settings
-from evaluation.saved_statistics import Statistics, save_adm, save_statistics
+from evaluation.options import HALVES, parse_args
+from evaluation.per_class import CLASSES_FILE, class_rows, classes_csv
+from evaluation.plan import Plan, make_plan
+from evaluation.report_content import Compared, build_report
+from evaluation.reports import text_table, write_report
+from evaluation.saved_statistics import save_adm, save_statistics
+from evaluation.training_features import TrainingFeatures
 from hierarchy import Hierarchy
 from runtime.cli import run_command
 from runtime.processes import agree, agree_in_turns, keep_process_group, start_processes
-from runtime.progress import progress_bar
-
-FORMAT = "finediffusion-metrics-1"
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "timm", "numpy", "pillow")
-
-
-# ---- sets ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class OpenedSets:
-    """The sets of the command line, labelled.
-
-    sets       REAL and FAKE, or REAL alone
-    hierarchy  None if all images are one class
-    present    superclasses that the sets have
-    settings   of the sampling of FAKE, None if unknown
-    size       pixels per side of the images, None if there are none
-    pixels     of each set, None for statistics
-    second     images of --floor DIR, chosen to match FAKE
-    """
-
-    sets: list[ImageSet]
-    hierarchy: Hierarchy | None
-    present: list[int]
-    settings: dict | None
-    size: int | None
-    pixels: list[Pixels | None]
-    second: Pixels | None = None
-
-
-def open_sets(args: argparse.Namespace) -> OpenedSets:
-    """Check the flags, open the sets, label their images, and decide how to crop them."""
-    check_settings(args)
-    sets = [open_set(path, args.trust_stats) for path in (args.real, args.fake) if path]
-    hierarchy = choose_hierarchy(args.hierarchy, sets)
-    for each in sets:
-        each.label(hierarchy)
-    present = check_sets(sets, hierarchy)
-    if isinstance(sets[0], Statistics) and (args.save_stats or args.save_adm):
-        raise ValueError(f"{args.real} holds statistics, expected images to make statistics of: drop the flag.")
-    if isinstance(sets[0], Statistics) and args.floor == HALVES:
-        raise ValueError(
-            f"{args.real} holds statistics, expected images to halve for --floor: name a second folder with --floor DIR, or "
-            "drop the flag."
-        )
-    settings = read_sample_settings(args.fake) if args.fake else None
-    if settings:
-        check_complete(sets[1], settings)
-    opened = OpenedSets(sets, hierarchy, present, settings, *open_pixels(sets, args.image_size))
-    if args.floor not in (None, HALVES):
-        opened.second = Pixels(open_second(args.floor, sets[1], hierarchy, args.seed), opened.size, crop=True)
-    return opened
-
 
 # ---- pass ----------------------------------------------------------------------------------------
 
@@ -106,8 +46,8 @@ def make_plans(
 
     dims: of `Networks.output_dims`
     """
-    parents = opened.hierarchy.parents.numpy() if opened.hierarchy else np.zeros(1, dtype=np.int64)
-    options = dict(keep=args.keep_features, seed=args.seed)
+    parents = opened.groups.parents.numpy() if opened.groups else np.zeros(1, dtype=np.int64)
+    options = dict(keep="all" if args.train else args.keep_features, seed=args.seed)
     options["dims"] = sum(dims[network]["features"] for network in networks.features)
     options["lpips_dims"] = dims[networks.lpips]["features"] if networks.lpips else 0
 
@@ -150,11 +90,28 @@ def measure_sets(
             measured.append(result and MeasuredSet(result, opened.size, float64_device(device)))
         elif i < len(opened.sets):
             lpips = networks.lpips and networks.lpips.record
-            superclasses = opened.hierarchy and opened.hierarchy.superclasses
+            superclasses = opened.groups and opened.groups.superclasses
             measured.append(SavedSet(opened.sets[i], superclasses, networks.features[0].name, lpips))
         else:
             measured.append(None)
     return measured
+
+
+def measure_training(
+    args: argparse.Namespace,
+    opened: OpenedSets,
+    networks: Networks,
+    dims: dict[Network, dict[str, int]],
+    state: PartialState,
+) -> TrainingFeatures | None:
+    """Compute the features of the training images that are not in their folder yet; None without --train."""
+    if not opened.train:
+        return None
+    folder = Path(args.train_cache or Path(args.output) / "training-features")
+    network = networks.features[0]
+    training = TrainingFeatures(folder, opened.train, network, dims[network]["features"])
+    training.compute(state, args.batch_size, args.num_workers, args.max_bad_images)
+    return training
 
 
 def print_times(measured: list[ComparedSet | None]):
@@ -199,83 +156,21 @@ def save_real(
 # ---- report --------------------------------------------------------------------------------------
 
 
-def list_choices(args: argparse.Namespace, compared: list[ComparedSet], networks: Networks, size: int | None) -> dict:
-    """Return every choice that the metrics depend on."""
-    return {
-        "seed": args.seed,
-        "image_size": size,
-        "crop": f"ADM's centre crop, {'both sides' if args.image_size else 'REAL alone'}",
-        "networks": [network.record for network in networks.features],
-        "lpips": networks.lpips and networks.lpips.record,
-        "classifier": networks.classifier and networks.classifier.record,
-        "features_kept": [each.kept for each in compared],
-        "lpips_pairs": "all",
-        "sample": SAMPLE,
-        "kid_subsets": KID_SUBSETS,
-        "neighbours": NEIGHBOURS,
-        "floor": args.floor,
-        "batch_size": args.batch_size,
-    }
-
-
-def describe_set(images: ImageSet, measured: ComparedSet) -> dict:
-    """Return what the report says about a set."""
-    return {
-        "path": str(images.path),
-        "kind": images.kind,
-        "n": measured.n(None),
-        "pixels": measured.pixels(),
-        "seconds": measured.seconds,
-        "unreadable": measured.result.unreadable if isinstance(measured, MeasuredSet) else [],
-    }
-
-
-def build_report(
-    args: argparse.Namespace,
-    opened: OpenedSets,
-    compared: list[ComparedSet],
-    second: MeasuredSet | None,
-    networks: Networks,
-) -> dict:
-    """Compute all metrics and return the content of metrics.json.
-
-    second: the second real set of the floor
-    """
-    (real, fake), sets, hierarchy, settings = compared, opened.sets, opened.hierarchy, opened.settings
-    # Metrics:
-    floor = Floor(second) if args.floor else None
-    options, rows = dict(seed=args.seed, floor=floor), {}
-    groups = {**{hierarchy.superclasses[s]: s for s in opened.present}, OVERALL: None} if hierarchy else {OVERALL: None}
-    for name, s in progress_bar(groups.items(), desc="distances", unit="row", leave=False):
-        rows[name] = group_metrics(real, fake, networks, s, **options)
-    rows[OVERALL] |= overall_metrics(real, fake, networks)
-    # Reasons not to compare them with published ones:
-    reasons = list(filter(None, map(why_not_comparable, networks.all())))
-    reasons += [
-        f"{each.path} has no record of how it was made"
-        for each in sets
-        if isinstance(each, Statistics) and not each.record
-    ]
-    # Possible problems:
-    notes = image_notes(sets, hierarchy, compared)
-    notes += label_notes(sets, hierarchy, settings) if hierarchy else []
-    notes += classifier_notes(rows[OVERALL], hierarchy)
-    notes += floor_notes(second, sets[0], real, fake, args.floor)
-    notes += bias_notes(rows, compared, networks)
-    return {
-        "format": FORMAT,
-        "comparable": not reasons,
-        "not_comparable": reasons,
-        "overall": rows[OVERALL],
-        "superclasses": {name: row for name, row in rows.items() if name != OVERALL},
-        "notes": notes,
-        **{name: describe_set(*each) for name, *each in zip(("real", "fake"), sets, compared)},
-        "floor": second and describe_set(opened.second.images, second),
-        "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.digest()},
-        "choices": list_choices(args, compared, networks, opened.size),
-        "sampling": settings,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
+def more_files(
+    opened: OpenedSets, compared: Compared, networks: Networks, device: torch.device
+) -> tuple[dict[str, str], dict[str, Figure]]:
+    """Return the texts and the figures of the report's other files, {name: content}: of classes and of closest pairs."""
+    texts, figures, hierarchy = {}, {}, opened.hierarchy
+    outputs = networks.classifier and networks.classifier.classes
+    rows = class_rows(compared.real, compared.fake, hierarchy, outputs) if hierarchy else []
+    if rows:
+        texts[CLASSES_FILE] = classes_csv(rows)
+    if compared.memorisation:
+        pixels = dict(zip(("real", "fake"), opened.pixels))
+        pairs = closest_pairs(compared.memorisation, pixels, hierarchy, networks.lpips, device)
+        texts["pairs.csv"] = pairs_csv([pair for pair, _ in pairs])
+        figures["pairs.png"] = pairs_figure(pairs)
+    return texts, figures
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -307,21 +202,24 @@ def main():
     networks, dims = agree_in_turns(state, load_and_check, args, opened, state.device)
 
     # Run the images through the networks:
-    *compared, second = measure_sets(args, opened, networks, dims, state.device)
+    training = measure_training(args, opened, networks, dims, state)
+    real, *fake, second = measure_sets(args, opened, networks, dims, state.device)
     keep_process_group()
     state.destroy_process_group()
     if not state.is_main_process:
         return
-    print_times([*compared, second])
+    print_times([real, *fake, second])
 
     # Save statistics, compute the metrics, write the report:
     if args.save_stats or args.save_adm:
-        save_real(args, compared[0], opened.pixels[0], networks, opened.hierarchy, opened.size)
+        save_real(args, real, opened.pixels[0], networks, opened.groups, opened.size)
     if args.fake:
-        report = build_report(args, opened, compared, second, networks)
+        memorisation = training and Memorisation(real, *fake, training)
+        compared = Compared(real, *fake, second, memorisation)
+        report = build_report(args, opened, compared, networks)
         print(text_table(report))
         if args.output:
-            write_report(Path(args.output), report)
+            write_report(Path(args.output), report, *more_files(opened, compared, networks, state.device))
 
 
 if __name__ == "__main__":

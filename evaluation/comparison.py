@@ -6,6 +6,7 @@ superclass, or None for all images.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,15 @@ from evaluation.metrics import (
     inception_score,
     kid,
     kid_size,
-    precision_recall,
 )
+from evaluation.neighbours import DENSITY_K, PRECISION_K, neighbourhoods, subset
 from evaluation.networks import Networks
+from evaluation.plan import PER_SUPERCLASS
+from evaluation.ranks import Rank, rank_metrics
 from evaluation.saved_statistics import Statistics
+from runtime.progress import progress_bar
 
-NEIGHBOURS = 3  # k of precision and recall
+LEAST_EQUAL = 40  # images of a superclass for its recall, density and coverage
 CHUNK = 4096  # features that are converted to float64 at a time
 
 
@@ -115,10 +119,20 @@ class MeasuredSet:
 
     def accuracy(self, s: int | None) -> list[float] | None:
         """Return the shares of images classified as the right class and the right superclass; None without a classifier."""
-        correct = self.result.correct
-        if correct is None:
+        parents, found = self.plan.parents, self.predictions(s)
+        if found is None:
             return None
-        return (correct[:, slice(s, None if s is None else s + 1)].sum(1) / self.n(s)).tolist() if self.n(s) else None
+        labels, best = found[0], found[1][:, 0]
+        in_superclass = (best >= 0) & (parents[np.maximum(best, 0)] == parents[labels])
+        return [(best == labels).mean().item(), in_superclass.mean().item()]
+
+    def predictions(self, s: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the labels (n,) of the group's images, and the classes that the classifier finds, `PassResult.predicted`.
+
+        None without a classifier or images.
+        """
+        rows, found = self.rows(s), self.result.predicted
+        return None if found is None or not rows.any() else (self.plan.labels[rows], found[rows])
 
     def diversity(self, s: int | None, seed: int) -> dict:
         """Return the metrics of `lpips_diversity`; {} without LPIPS."""
@@ -167,6 +181,9 @@ class SavedSet:
         """Return None: there are no logits."""
 
     def accuracy(self, s: int | None) -> None:
+        """Return None: there are no predictions."""
+
+    def predictions(self, s: int | None) -> None:
         """Return None: there are no predictions."""
 
     def diversity(self, s: int | None, seed: int) -> dict:
@@ -235,10 +252,12 @@ def group_metrics(
     s: int | None = None,
     seed: int = 0,
     floor: Floor | None = None,
+    ranks: Sequence[Rank] = (),
 ) -> dict:
     """Return the metrics of superclass s, or of all images if None.
 
-    "fid" and "kid" are of Inception's features; those of other networks are under "features".
+    "fid" and "kid" are of Inception's features; those of other networks are under "features". "ranks" are the
+    `ranks.rank_metrics` for the classifier.
     """
     row = {"n_real": real.n(s), "n_fake": fake.n(s)}
     for network in networks.features:
@@ -252,18 +271,46 @@ def group_metrics(
     for suffix, each in {"": fake, "_real": real}.items():
         if networks.classifier and each.accuracy(s):
             row[f"top1{suffix}"], row[f"superclass_accuracy{suffix}"] = each.accuracy(s)
+            labels, found = each.predictions(s)
+            row |= {f"ranks{suffix}": rank_metrics(ranks, labels, found[:, 0])} if ranks else {}
     return row
 
 
 def overall_metrics(real: ComparedSet, fake: ComparedSet, networks: Networks) -> dict[str, float | str]:
-    """Return the metrics that exist only overall: precision and recall of the first network, and the Inception score."""
+    """Return the metrics that exist only overall: precision to coverage of the first network, and the Inception score."""
     row = {}
     for network in networks.features[:1]:
         x, y = real.sample(network.name, limit=True), fake.sample(network.name, limit=True)
-        if x is not None and y is not None and min(len(x), len(y)) > NEIGHBOURS:
-            row["precision"], row["recall"] = precision_recall(x, y, NEIGHBOURS)
+        if x is not None and y is not None and min(len(x), len(y)) > PRECISION_K:
+            row |= neighbourhoods(x, y, density_k=min(DENSITY_K, len(x) - 1))._asdict()
+            if len(x) <= DENSITY_K:
+                del row["density"], row["coverage"]
             row["precision_network"] = network.name
     for suffix, each in {"": fake, "_real": real}.items():
         if each.score():
             row[f"inception_score{suffix}"], row[f"inception_score_std{suffix}"] = each.score()
     return row
+
+
+def equal_size_metrics(
+    real: ComparedSet, fake: ComparedSet, network: str, groups: Sequence[int], seed: int, second: MeasuredSet | None
+) -> dict[int, dict]:
+    """Return {superclass: precision, recall, density and coverage} of random images, equally many in all superclasses.
+
+    So they can be compared across superclasses; with more images, recall and coverage would be other ones. Superclasses
+    with fewer than LEAST_EQUAL images whose features are kept are left out.
+
+    groups: superclasses
+    second: second real set of the floor, which gives the "floor" of each superclass that it has enough images of
+    """
+    sets = {s: (real.sample(network, s), fake.sample(network, s)) for s in groups}
+    sets = {s: both for s, both in sets.items() if all(x is not None and len(x) >= LEAST_EQUAL for x in both)}
+    n = min([PER_SUPERCLASS, *(len(x) for both in sets.values() for x in both)])
+    rows = {}
+    for s, both in progress_bar(sets.items(), desc="neighbours", unit="row", leave=False):
+        x, y = (subset(x, n, seed) for x in both)
+        rows[s] = {"n": n} | neighbourhoods(x, y)._asdict()
+        other = second and second.sample(network, s)
+        if other is not None and len(other) >= n:
+            rows[s]["floor"] = neighbourhoods(x, subset(other, n, seed))._asdict()
+    return rows

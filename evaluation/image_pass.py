@@ -23,6 +23,7 @@ from evaluation.reduction import gather_on_main, merge_over_processes, sum_over_
 from runtime.progress import progress_bar
 from runtime.text import shorten
 
+TOP = 5  # classes of each image that are kept
 MUCH_MEMORY = 4e9  # bytes of a process's sums that are announced
 
 
@@ -38,7 +39,8 @@ class PassResult:
     score       {network name: sums of `metrics.score_sums`}
     diversity   None without LPIPS, or "classes" (classes, 3): n, sum |f|^2 and |sum f|^2, NaN for classes without images;
                 and "gram" (blocks, blocks): inner products of the blocks' feature sums
-    correct     None without a classifier, or (2, superclasses): images classified as the right class, right superclass
+    predicted   None without a classifier, or int64 (N, TOP or fewer): the classes that it finds most likely, best first, in
+                the order of the images; ~k stands for output k if the data lack its class
     digests     (N,) int64, of the pixels, in the order of the images
     seconds     "total" and "network", of the slowest process
     unreadable  names of the images that could not be read, which are left out
@@ -51,7 +53,7 @@ class PassResult:
     features: dict[str, torch.Tensor]
     score: dict[str, torch.Tensor]
     diversity: dict[str, torch.Tensor] | None
-    correct: np.ndarray | None
+    predicted: np.ndarray | None
     digests: np.ndarray
     seconds: dict[str, float]
     unreadable: list[str]
@@ -59,13 +61,14 @@ class PassResult:
 
 
 class PassSums:
-    """One process's running sums; the fields of `PassResult`, and `features`, `digests` and `states` as lists of batches."""
+    """One process's running sums: fields of `PassResult`; `features` and those for single images are lists of batches."""
 
     def __init__(self, images: Dataset, plan: Plan, networks: Networks, device: torch.device):
         self.images, self.plan, self.networks = images, plan, networks
         self.device = float64_device(device)
         dims = networks.output_dims(images.size, device)
         self.moments, self.score, self.features, self.digests, self.states = {}, {}, {}, [], []
+        self.predicted = []
         for network in networks.features:
             outputs, name = dims[network], network.name
             for key in without_logits(outputs):
@@ -75,11 +78,9 @@ class PassSums:
             if "logits" in outputs:
                 shape = plan.split.max() + 1, outputs["logits"] + 2
                 self.score[name] = torch.zeros(shape, dtype=FLOAT, device=self.device)
-        self.diversity = self.correct = None
+        self.diversity = None
         if networks.lpips:
             self.diversity = DiversitySums(plan.block, dims[networks.lpips]["features"], self.device)
-        if networks.classifier:
-            self.correct = np.zeros((2, plan.parents.max() + 1))
 
     def sum_bytes(self) -> int:
         """Return the size of the moments and of the sums for LPIPS."""
@@ -95,10 +96,9 @@ class PassSums:
             self.diversity.add(plan.labels[rows], self.outputs(self.networks.lpips, rows, images)["features"])
         if self.networks.classifier:
             logits = self.outputs(self.networks.classifier, rows, images)["logits"]
-            predicted, label = self.networks.outputs[logits.argmax(1).cpu().numpy()], plan.labels[rows]
-            is_correct = predicted == label, (predicted >= 0) & (plan.parents[predicted] == plan.parents[label])
-            for counts, correct in zip(self.correct, is_correct):
-                np.add.at(counts, plan.superclass[rows], correct)
+            found = logits.argsort(dim=1, descending=True, stable=True)[:, :TOP].cpu().numpy()
+            labels = self.networks.outputs[found]
+            self.predicted.append(np.where(labels >= 0, labels, ~found))
 
     def outputs(self, network: Network, rows: np.ndarray, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run a network; raises ValueError with the name of the first image whose output is non-finite."""
@@ -136,28 +136,27 @@ class PassSums:
             for name, groups in self.moments.items()
         }
         score = {name: sum_over_processes(sums).cpu() for name, sums in self.score.items()}
-        correct = self.correct
-        if correct is not None:
-            correct = sum_over_processes(torch.from_numpy(correct).to(self.device)).cpu().numpy()
         diversity = self.diversity and self.diversity.result()
         features = {name: torch.cat(batches) for name, batches in self.features.items()}
-        processes = gather_on_main((features, self.digests, self.states, seconds))
+        processes = gather_on_main((features, self.digests, self.states, self.predicted, seconds))
         if processes is None:
             return None
-        features, digests, states, seconds = zip(*processes)
+        features, digests, states, predicted, seconds = zip(*processes)
         # from the order of the pass back to the order of the images:
         digests, states = (
             np.concatenate([batch for batches in values for batch in batches])[np.argsort(order)]
             for values in (digests, states)
         )
         lost = states == UNREADABLE
+        predicted = [batch for batches in predicted for batch in batches]
+        predicted = np.concatenate(predicted)[np.argsort(order[~lost[order]])] if predicted else None
         back = np.argsort(order[plan.kept[order] & ~lost[order]])
         features = {name: torch.cat([of_process[name] for of_process in features])[back] for name in features[0]}
         seconds = {key: max(of_process[key] for of_process in seconds) for key in seconds[0]}
         unreadable, enlarged = [self.images.name(i) for i in np.flatnonzero(lost)], int((states == ENLARGED).sum())
         left, rows = plan.without(lost), np.flatnonzero(~lost)
         return PassResult(
-            left, rows, moments, features, score, diversity, correct, digests[~lost], seconds, unreadable, enlarged
+            left, rows, moments, features, score, diversity, predicted, digests[~lost], seconds, unreadable, enlarged
         )
 
 

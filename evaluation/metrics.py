@@ -1,4 +1,4 @@
-"""Formulas of the metrics, from features alone: Frechet and kernel distance, precision and recall, Inception score, LPIPS.
+"""Formulas of the metrics, from features alone: Frechet and kernel distance, Inception score, LPIPS; see also neighbours.py.
 
 Features are (n, d) tensors of any float type, one row per image; all sums are float64. Features that are too few or
 non-finite raise ValueError before they reach an eigenvalue solver.
@@ -141,7 +141,7 @@ def frechet_distance(a: Distribution, b: Distribution) -> float:
     return max(0.0, distance.item())  # rounding may leave -1e-13 for equal sets
 
 
-# ---- kernel distance, precision and recall -------------------------------------------------------
+# ---- kernel distance -----------------------------------------------------------------------------
 
 KID_SUBSETS, KID_SIZE = 100, 1000
 
@@ -187,37 +187,6 @@ def kid(
 def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return (x_i . y_j / d + 1)^3, (n, m), for rows x (n, d) and y (m, d)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
-    """Return improved precision and recall (arXiv 1904.06991), both in [0, 1].
-
-    Precision is the share of `fake` rows that lie no further from some real row than that row's k-th nearest real
-    neighbour; recall swaps the two sets.
-
-    real, fake: features (n, d) and (m, d)
-    chunk: rows per block of the distance matrix
-
-    Raises ValueError if a set has k images or fewer.
-    """
-    real, fake = check_features(real, least=k + 1), check_features(fake, least=k + 1)
-    centre = real.mean(0)
-    real, fake = real - centre, fake - centre
-    radii = [
-        torch.cat([squared_distances(part, x).kthvalue(k + 1).values for part in x.split(chunk)]) for x in (real, fake)
-    ]
-    shares = []
-    for x, y, radius in ((fake, real, radii[0]), (real, fake, radii[1])):
-        inside = [(squared_distances(part, y) <= radius).any(1) for part in x.split(chunk)]
-        shares.append(torch.cat(inside).double().mean().item())
-    return tuple(shares)
-
-
-def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return |x_i - y_j|^2, (n, m), exactly 0 for equal rows; x (n, d), y (m, d)."""
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    distance = norms - 2 * x @ y.T
-    return torch.where(distance > 1e-12 * norms, distance, 0)
 
 
 # ---- Inception score -----------------------------------------------------------------------------

@@ -128,13 +128,18 @@ def read_class_names(file: Path) -> list[str]:
 
 
 def named_network(
-    spec: str, key: str = "features", random: bool = False, device: str | torch.device = "cpu"
+    spec: str,
+    key: str = "features",
+    random: bool = False,
+    device: str | torch.device = "cpu",
+    scaling: dict | None = None,
 ) -> Network:
     """Return the network of a --features or --classifier value.
 
     spec: "MODEL[@SIZE]=FILE", a timm model, pixels per side of its input, and its weights; "MODEL[@SIZE]" if `random`;
           either after "NAME:", which names the network in the report; or the path of a TorchScript file
     key: "features" or "logits"
+    scaling: INPUT_KEYS of a timm model; if None, those of its config.json, or else timm's
 
     Raises ValueError if `spec` has none of these forms, or the file is absent or does not fit.
     """
@@ -150,7 +155,7 @@ def named_network(
             f"{spec!r} names no timm model, expected MODEL=FILE, MODEL@SIZE=FILE, NAME:MODEL=FILE or a TorchScript file."
         )
     tensors, config = (read_network_weights(path), read_config(path, model)) if path else (None, {})
-    module = timm_network(model, int(size or 0), key, tensors, path, config.get("input"))
+    module = timm_network(model, int(size or 0), key, tensors, path, scaling or config.get("input"))
     options = {"config": sha256(config["file"])} if config else {}
     network = make_network(name or left, module, path, device, **options)
     return with_classes(network, path, config) if key == "logits" and path else network
@@ -193,6 +198,8 @@ def timm_network(
         model, head = architecture, timm.get_pretrained_cfg(architecture).classifier
     if tensors is not None and isinstance(head, str):  # as many classes as the file has, 0 if it has no head
         weight = tensors.get(f"{head}.weight")
+        projection = tensors.get("visual.proj")  # (width, d) of a CLIP of open_clip, which timm takes for the head
+        weight = projection.T if weight is None and projection is not None else weight
         options["num_classes"] = 0 if weight is None else len(weight)
     try:
         net = timm.create_model(model, pretrained=False, **options, **({"img_size": size} if size else {}))

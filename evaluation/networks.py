@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from evaluation import features
+from evaluation.class_embeddings import embedding_classifier
 from evaluation.class_names import match_names
 from evaluation.features import Network
 from evaluation.named_networks import named_network
@@ -61,7 +62,9 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> Networks:
         networks.features.insert(0, network)
     if "lpips-trunk" in paths:
         networks.lpips = features.lpips_features(paths["lpips-trunk"], device)
-    if args.classifier:
+    if args.classifier and args.class_embeddings:
+        networks.classifier = embedding_classifier(args.classifier, args.class_embeddings, random, device)
+    elif args.classifier:
         networks.classifier = named_network(args.classifier, "logits", random, device)
     if not networks.all():
         raise ValueError("No network was named, expected Inception, LPIPS, --features or --classifier: name one.")

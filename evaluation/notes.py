@@ -3,10 +3,11 @@
 import numpy as np
 
 from evaluation.class_names import same_members
-from evaluation.comparison import ComparedSet, MeasuredSet
+from evaluation.comparison import LEAST_EQUAL, ComparedSet, MeasuredSet
 from evaluation.image_sets import Folder, ImageSet
 from evaluation.networks import Networks
 from evaluation.npz_sets import Arrays
+from evaluation.options import LEAST_OF_NODE
 from hierarchy import Hierarchy
 from runtime.text import shorten
 
@@ -142,6 +143,28 @@ def bias_notes(rows: dict[str, dict], compared: list[ComparedSet], networks: Net
                 f"{network.name} ({shorten(few)}): the covariance is singular and much of the Frechet distance is bias"
                 f"{', read KID instead' if has_kid else ''}."
             )
+    return notes
+
+
+def size_notes(rows: dict[str, dict], groups: Hierarchy | None, rank: str | None) -> list[str]:
+    """Return sentences about superclasses that are too small for a row, or for metrics at equal n.
+
+    rows: {"overall" or superclass: metrics}; groups: the hierarchy of the rows; rank: of --rank
+    """
+    names = list(groups.superclasses) if groups else []
+    absent, notes = [name for name in names if name not in rows], []
+    if rank and absent:
+        notes.append(
+            f"{len(absent):,} of {len(names):,} nodes of the rank {rank} have fewer than {LEAST_OF_NODE} images in a set and no "
+            f"row ({shorten(absent)})."
+        )
+    given = [name for name in names if "at_equal_n" in rows.get(name, {})]
+    small = [name for name in names if name in rows and name not in given]
+    if given and small:
+        notes.append(
+            f"{len(small):,} rows have no recall, density and coverage at equal n, as a set has fewer than {LEAST_EQUAL} images "
+            f"with features there ({shorten(small)})."
+        )
     return notes
 
 

@@ -16,6 +16,7 @@ python evaluate.py pets/val samples.npz --hierarchy pets/train --inception incep
 
 
 HALVES = "halves"  # --floor without a folder
+LEAST_OF_NODE = 50  # images of a node of --rank in both sets
 
 
 def parse_args(description: str) -> argparse.Namespace:
@@ -49,6 +50,18 @@ def add_data_flags(add: Callable):
         "--hierarchy",
         help="inat2021, vegfru, a .json file, a folder, or none to treat all images as one class; if not given, that of REAL "
         "or FAKE",
+    )
+    add(
+        "--train",
+        metavar="DIR",
+        help="folder of the images that the model was trained on: also compute the distance of every image of REAL and FAKE to "
+        "its nearest training image, in the features of the first network; all features are kept, see --keep-features",
+    )
+    add(
+        "--train-cache",
+        metavar="DIR",
+        help="folder for the features of --train, where the same command resumes and others find them; if not given, "
+        "training-features in --output",
     )
     add("--trust-stats", action="store_true", help="accept statistics that do not say how they were made")
     add("--batch-size", type=int, default=64, help="images per forward pass, for each process")
@@ -84,6 +97,12 @@ def add_network_flags(add: Callable):
         "classes, or of the names in a file STEM.classes.txt beside FILE, one a line; if not given, none",
     )
     add(
+        "--class-embeddings",
+        metavar="FILE",
+        help="embeddings of the class names by a vision-language model, from tools.class_embeddings; --classifier is then its "
+        "image tower; if not given, --classifier has an output for each class",
+    )
+    add(
         "--random-weights",
         action="store_true",
         help="use random weights for networks without a file, to try the program: the metrics mean nothing",
@@ -116,13 +135,20 @@ def add_protocol_flags(add: Callable):
         default="auto",
         help="features to keep in memory: all, a random sample, or auto (all if they fit in 0.5 GiB)",
     )
+    add(
+        "--rank",
+        metavar="NAME",
+        help="rank of the hierarchy, such as order, whose nodes get a row each, instead of the superclasses; nodes with fewer "
+        f"than {LEAST_OF_NODE} images in a set get none",
+    )
     add("--seed", type=int, default=0, help="seed of all random subsets, splits, halves and resamples")
 
 
 def add_output_flags(add: Callable):
     add(
         "--output",
-        help="folder for metrics.json, metrics.md, metrics.csv and superclasses.png; if not given, only the table is printed",
+        help="folder for metrics.json, metrics.md, metrics.csv, classes.csv and superclasses.png, with --train also pairs.png "
+        "and pairs.csv; if not given, only the table is printed",
     )
     add(
         "--save-stats",
@@ -154,6 +180,8 @@ def check_settings(args: argparse.Namespace):
         if Path(path).suffix != ".npz":
             raise ValueError(f"The file to save is {path}, expected a name that ends in .npz: choose another.")
     folders = [Path(path).parent for path in files]
+    if args.train_cache:
+        folders.insert(0, Path(args.train_cache))
     if args.output:
         folders.insert(0, Path(args.output))
     for folder in folders:
@@ -164,3 +192,13 @@ def check_settings(args: argparse.Namespace):
         raise ValueError("There is no FAKE, expected two sets of images: name it, or save REAL with --save-stats.")
     if files and args.inception == "none" and (args.save_adm or not args.features):
         raise ValueError("There are no features to save, expected Inception's: drop --inception none.")
+    if args.class_embeddings and not args.classifier:
+        raise ValueError("--class-embeddings needs an image tower, expected --classifier: name it.")
+    if args.train and not args.fake:
+        raise ValueError("--train has no generated images to compare, expected FAKE: name it.")
+    if args.train_cache and not args.train:
+        raise ValueError("--train-cache is set without --train, expected the training images: name their folder.")
+    if args.train and not (args.train_cache or args.output):
+        raise ValueError("--train has no folder for its features, expected --train-cache or --output: pass one.")
+    if args.train and args.inception == "none" and not args.features:
+        raise ValueError("--train needs features, expected Inception's or --features: drop --inception none.")

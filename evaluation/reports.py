@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from evaluation.bars import bar_figure
 from runtime.files import atomic_write
 from runtime.text import markdown_table
@@ -34,6 +36,10 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
         ("real top-1", lambda row: row.get("top1_real"), "{:.1%}"),
         ("superclass", lambda row: row.get("superclass_accuracy"), "{:.1%}"),
         ("real superclass", lambda row: row.get("superclass_accuracy_real"), "{:.1%}"),
+        *(
+            (f"{name} at equal n", lambda row, name=name: row.get("at_equal_n", {}).get(name), "{:.3f}")
+            for name in ("recall", "density", "coverage")
+        ),
     ]
     rows = rows_of(report).values()
     return [column for column in candidates if any(column[1](row) is not None for row in rows)]
@@ -85,17 +91,47 @@ def remarks(report: dict) -> list[str]:
     warnings = [f"NOT COMPARABLE with published metrics: {reason}." for reason in report["not_comparable"]]
     overall, metrics = report["overall"], []
     if overall.get("precision") is not None:
-        metrics.append(
-            f"Precision {overall['precision']:.3f}, recall {overall['recall']:.3f}, on the features of "
-            f"{overall['precision_network']}."
-        )
+        names = [name for name in ("precision", "recall", "density", "coverage") if name in overall]
+        values = ", ".join(f"{name} {overall[name]:.3f}" for name in names)
+        metrics.append(f"{values.capitalize()}, on the features of {overall['precision_network']}.")
     if overall.get("inception_score") is not None:
         metrics.append(f"Inception score {overall['inception_score']:.2f} ± {overall['inception_score_std']:.2f}.")
     for key, title in (("lpips", "LPIPS within a class"), ("lpips_pooled", "LPIPS pooled")):
         if overall.get(f"{key}_interval"):
             low, high = overall[f"{key}_interval"]
             metrics.append(f"{title} {overall[key]:.3f}, 95% interval over classes {low:.3f} to {high:.3f}.")
+    metrics += rank_remarks(overall)
+    if report.get("memorisation"):
+        metrics.append(memorisation_remark(report["memorisation"]))
     return warnings + metrics + report["notes"]
+
+
+def rank_remarks(overall: dict) -> list[str]:
+    """Return sentences on the accuracy at every rank and on the ranks at which wrong images are still right."""
+    found, real = (overall.get(f"ranks{suffix}") for suffix in ("", "_real"))
+    if not found:
+        return []
+
+    def listed(shares):
+        return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+    texts = [
+        "Right " + listed(found["accuracy"]) + (f"; of the real images {listed(real['accuracy'])}" if real else "")
+    ]
+    if None not in found["wrong_images"].values():
+        texts.append("Finest right rank of the images of a wrong class: " + listed(found["wrong_images"]))
+    return [f"{text}." for text in texts]
+
+
+def memorisation_remark(found: dict) -> str:
+    """Return a sentence on the distances to the training images; found: of `Memorisation.metrics`."""
+    overall, held, generated = found["overall"], found["held_out"], found["generated"]
+    return (
+        f"Nearest of {found['n']:,} training images, on the features of {found['network']}: median distance "
+        f"{generated['median']:.4g}, of held-out images {held['median']:.4g}; {overall['closer']:.1%} of the generated images "
+        f"are closer than 99% of held-out images, expected {overall['closer_expected']:.1%}, and "
+        f"{overall['closer_than_any']:.1%} closer than any."
+    )
 
 
 def text_table(report: dict) -> str:
@@ -137,14 +173,15 @@ def csv_text(report: dict) -> str:
     return file.getvalue()
 
 
-def write_report(folder: Path, report: dict):
-    """Write metrics.json, metrics.md, metrics.csv and superclasses.png, each atomically."""
+def write_report(folder: Path, report: dict, texts: dict[str, str], figures: dict[str, Figure]):
+    """Write metrics.json, metrics.md, metrics.csv, superclasses.png and other files {name: content}, each atomically."""
     texts = {
         "metrics.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "metrics.md": markdown(report),
         "metrics.csv": csv_text(report),
+        **texts,
     }
     for name, text in texts.items():
         atomic_write(folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-    figure = bar_figure(report)
-    atomic_write(folder / "superclasses.png", lambda part: figure.savefig(part, dpi=200, format="png"))
+    for name, figure in {"superclasses.png": bar_figure(report), **figures}.items():
+        atomic_write(folder / name, lambda part, figure=figure: figure.savefig(part, dpi=200, format="png"))

@@ -13,7 +13,6 @@ from scipy import linalg
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -32,10 +31,10 @@ from evaluation.metrics import (
     mean_over_pairs,
     mean_over_weighted_pairs,
     percentile_interval,
-    precision_recall,
     score_splits,
     score_sums,
 )
+from evaluation.neighbours import neighbourhoods
 
 
 def draw(seed, *shape, dtype=torch.float64):
@@ -229,9 +228,10 @@ EDGE_CASES = {  # name: (function, exact value or ValueError)
     "KID spread overflow": (lambda: kid(SAME * 1e30, SAME), ValueError),
     "KID subsets too large": (lambda: kid(SAME, SAME, size=500), ValueError),
     "KID of identical sets": (lambda: kid(SAME, SAME, subsets=1, size=400)[0] <= 0, True),
-    "precision and recall of identical sets": (lambda: precision_recall(SAME, SAME) == (1, 1), True),
-    "precision and recall of constants": (lambda: precision_recall(SAME * 0, SAME * 0) == (1, 1), True),
-    "precision and recall of three images": (lambda: precision_recall(SAME[:3], SAME), ValueError),
+    "precision and recall of identical sets": (lambda: neighbourhoods(SAME, SAME)[:2] == (1, 1), True),
+    "precision and recall of constants": (lambda: neighbourhoods(SAME * 0, SAME * 0)[:2] == (1, 1), True),
+    "precision and recall of three images": (lambda: neighbourhoods(SAME[:3], SAME), ValueError),
+    "density and coverage of five images": (lambda: neighbourhoods(SAME[:5], SAME), ValueError),
     "diversity of one image": (lambda: math.isnan(mean_over_pairs(*torch.tensor([[1.0], [2], [2]]))), True),
     "diversity of copies": (lambda: mean_over_pairs(*torch.tensor([[3.0], [6], [18]])).item(), 0),
     "interval without finite values": (lambda: percentile_interval(torch.tensor([torch.nan])), None),
@@ -253,7 +253,7 @@ def test_edge_cases(name):
     assert compute() == (expected if expected is None else pytest.approx(expected, rel=1e-6, abs=1e-6))
 
 
-# ---- kernel distance, precision and recall, Inception score --------------------------------------
+# ---- kernel distance, Inception score ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, m", [(60, 50), (500, 40)])
@@ -276,23 +276,6 @@ def test_kid_is_unbiased():
 
 def test_kid_subset_sizes():
     assert [kid_size(*sizes) for sizes in ((1000, 5000), (999, 5000), (50, 7), (2, 2))] == [1000, 499, 3, 2]
-
-
-@pytest.mark.parametrize("n, m, d", [(80, 60, 4), (200, 150, 48)])
-def test_precision_and_recall_equal_torch_fidelity(n, m, d):
-    real, fake = draw(0, n, d, dtype=torch.float32), draw(1, m, d, dtype=torch.float32) * 0.7 + 0.2
-    expected = prc_features_to_metric(fake, real, verbose=False)
-    found = precision_recall(real, fake, chunk=37)
-    assert found == pytest.approx((expected["precision"], expected["recall"]), abs=1e-5)
-    assert 0 < found[1] < found[0]
-
-
-def test_precision_of_a_hand_computed_example():
-    real = torch.tensor([[0.0], [1], [2], [3], [50]])
-    fake = torch.tensor([[-2.9], [-3.1], [3.5], [49], [1]])
-    # the radii of the real points with k = 3 are 3, 2, 2, 3, 49
-    assert precision_recall(real, fake)[0] == pytest.approx(4 / 5)  # all but -3.1
-    assert precision_recall(real[:4], fake)[0] == pytest.approx(3 / 5)  # and 49
 
 
 @pytest.mark.parametrize("n", [500, 23, 4])
