@@ -184,12 +184,12 @@ class DiT(nn.Module):
     depth               number of blocks
     num_heads           attention heads per block; they divide `hidden_size`
     mlp_ratio           hidden width of a block's MLP, in units of D
-    class_dropout_prob  probability in 0..1 of replacing a label by its superclass in training
+    class_dropout_prob  probability in 0..1 of replacing a label by an ancestor in training, the superclass if it is the only one
     num_classes         number of classes
     num_super_classes   number of superclasses; 1 makes it a plain DiT, whose null class is the superclass row
     learn_sigma         predict 2C channels instead of C: the noise, then the interpolation between the smallest and the
                         largest variance (arXiv 2102.09672, eq. 15)
-    parents, null_row   see `TieredEmbedder`
+    parents, null_row, ranks, path  see `TieredEmbedder`
 
     Raises ValueError if the patch size does not divide the input size, or as `TieredEmbedder` does.
     """
@@ -209,6 +209,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         parents: torch.Tensor | Sequence[int] | None = None,
         null_row: bool = False,
+        ranks: Sequence[int] = (),
+        path: bool = False,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -229,7 +231,7 @@ class DiT(nn.Module):
         )
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = TieredEmbedder(
-            num_classes, num_super_classes, hidden_size, class_dropout_prob, parents, null_row
+            num_classes, num_super_classes, hidden_size, class_dropout_prob, parents, null_row, ranks, path
         )
         pos_embed = get_2d_sincos_pos_embed(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # (1, T, D)
@@ -292,7 +294,7 @@ class DiT(nn.Module):
 
         x               (N, C, H, W) noisy latents
         t               (N,) timesteps in 0..999
-        y               (N,) rows of the class table. In training mode, labels are replaced by their superclasses at random
+        y               (N,) rows of the class table. In training mode, labels are replaced by ancestors at random
         force_drop_ids  (N,): decides which labels are replaced instead of chance, see `TieredEmbedder.token_drop`
         """
         # The patch embedding stores tokens channel by channel, and every sum below would keep that layout.

@@ -53,7 +53,9 @@ def train_step(args: argparse.Namespace, run: Run, step: int, x: torch.Tensor, y
     # Draw timesteps, noise, label drops and flips for the global batch, and take this process's rows:
     chances = args.flip, args.class_dropout_prob, args.null_prob
     shape = (run.model.in_channels, size, size)
-    noise = draw_step_noise(args.global_seed, step, args.global_batch_size, shape, *chances, device)
+    noise = draw_step_noise(
+        args.global_seed, step, args.global_batch_size, shape, *chances, device, run.model.y_embedder.tiers
+    )
     noise = {name: values[batches.local_slice] for name, values in noise.items()}
 
     # Move the batch to the device, and prepare to map images to latents (m, C, h, w):

@@ -9,6 +9,7 @@ from hierarchy import Hierarchy
 from models import DiT_models
 
 ADAPTER, STATE = "finediffusion-adapter-1", "finediffusion-training-state-1"
+EMBEDDERS = "tiered", "path", "null"
 MOST_PIXELS, MOST_CHANNELS, MOST_RANK = 1 << 14, 1 << 10, 1 << 13
 
 
@@ -54,8 +55,9 @@ class ModelDescription:
     channels     channels of the latents; 3 without an autoencoder
     vae          --vae: ema, mse, a local folder, or none
     method       a name in finetune.METHODS
-    embedder     "tiered" (a row per class and superclass) or "null" (a row per class and a null row, as in DiT)
-    hierarchy    classes and superclasses
+    embedder     "tiered" (a row per class and superclass), "path" (the same table, a label is the sum of its row and its
+                 ancestors') or "null" (a row per class and a null row, as in DiT)
+    hierarchy    classes, superclasses and further ranks, which all have rows in a tiered table
     null_row     whether a tiered table ends with a null row
     base         the weights that the trained parameters belong to; None if the file holds the complete model
     step         optimizer steps so far
@@ -80,7 +82,7 @@ class ModelDescription:
     channels: int = checked(int, lambda count: 0 < count <= MOST_CHANNELS)
     vae: str = checked(str, str.isprintable)
     method: str = checked(str, lambda name: name in METHODS)
-    embedder: str = checked(str, lambda name: name in ("tiered", "null"))
+    embedder: str = checked(str, lambda name: name in EMBEDDERS)
     hierarchy: Hierarchy = checked(Hierarchy)
     null_row: bool = False
     base: Base | None = None
@@ -98,6 +100,16 @@ class ModelDescription:
     format: str | None = None
     file: Path | None = unwritten()
     trained: frozenset[str] | None = unwritten()
+
+    @property
+    def tiered(self) -> bool:
+        """Whether the class table has rows for superclasses."""
+        return self.embedder != "null"
+
+    @property
+    def tiers(self) -> list[str] | None:
+        """Names of the ranks above the classes that have rows, from coarse to fine; None if the table has a null row alone."""
+        return [tier.name for tier in self.hierarchy.tiers] if self.tiered else None
 
     def to_record(self) -> dict:
         """Return the JSON form, without the hierarchy, which files hold as a tensor."""

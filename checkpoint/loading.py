@@ -25,16 +25,18 @@ def build_model(description: ModelDescription, class_dropout_prob: float = 0.1, 
     counts_only: accept a hierarchy without the superclass of each class; the model cannot train then.
     Raises ValueError if a tiered model's hierarchy lacks them otherwise.
     """
-    hierarchy, tiered = description.hierarchy, description.embedder == "tiered"
-    mapped = tiered and (hierarchy.has_parents or not counts_only)
+    hierarchy, tiered = description.hierarchy, description.tiered
+    mapped = tiered and (hierarchy.has_ancestors or not counts_only)
     model = DiT_models[description.model](
         input_size=description.latent_size,
         in_channels=description.channels,
         num_classes=hierarchy.num_classes,
         num_super_classes=hierarchy.num_super_classes if tiered else 1,
-        parents=hierarchy.parents if mapped else None,
+        parents=hierarchy.ancestors if mapped else None,
         class_dropout_prob=class_dropout_prob,
         null_row=description.null_row,
+        ranks=[len(rank.nodes) for rank in hierarchy.ranks] if tiered else (),
+        path=description.embedder == "path",
     )
     add_gammas(model, METHODS[description.method].gammas)
     if description.lora_rank:

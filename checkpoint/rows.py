@@ -9,11 +9,15 @@ Key = tuple[str, str]
 
 
 def row_keys(description: ModelDescription) -> list[Key]:
-    """Return the meaning of each row of the class table, in order: ("class", name), ("superclass", name), ("null", "")."""
+    """Return the meaning of each row of the class table, in order.
+
+    It is ("class", name), ("superclass", name), (rank, name) of the further ranks, and ("null", "").
+    """
     hierarchy = description.hierarchy
     keys = [("class", name) for name in hierarchy.classes]
-    if description.embedder == "tiered":
+    if description.tiered:
         keys += [("superclass", name) for name in hierarchy.superclasses]
+        keys += [(f"rank {rank.name}", name) for rank in hierarchy.ranks for name in rank.nodes]
     if description.embedder == "null" or description.null_row:
         keys.append(("null", ""))
     return keys
@@ -90,8 +94,8 @@ def insert_rows(
 def initial_rows(now: ModelDescription, before: ModelDescription, table: torch.Tensor) -> torch.Tensor:
     """Return the rows with which the table of an extension starts, for all rows of `now`, (rows, D).
 
-    A class has the mean of its superclass's original classes, a superclass the mean of the superclasses, or of all
-    original classes if there are no superclass rows. Original are the classes before the first extension, so that the
+    A class has the mean of its superclass's original classes, any other node the mean of its rank's rows, or of all
+    original classes if there are none. Original are the classes before the first extension, so that the
     order of extensions does not matter. table: of `before`
     """
     originals = table[: now.original_classes].float()
@@ -99,7 +103,11 @@ def initial_rows(now: ModelDescription, before: ModelDescription, table: torch.T
     sums = originals.new_zeros(superclasses, originals.shape[1]).index_add_(0, parents[: len(originals)], originals)
     counts = parents[: len(originals)].bincount(minlength=superclasses)[:, None]
     means = torch.where(counts > 0, sums / counts.clamp(min=1), originals.mean(0))  # of each superclass
-    tiers = [row for row, key in enumerate(row_keys(before)) if key[0] == "superclass"]
-    other = (table[tiers].float() if tiers else originals).mean(0)
-    rows = len(row_keys(now)) - len(parents)
-    return torch.cat([means[parents], other.expand(rows, -1)])
+    kinds = [kind for kind, _ in row_keys(before)]
+
+    def mean_of(kind):
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        return (table[rows].float() if rows else originals).mean(0)
+
+    mean = {kind: mean_of(kind) for kind, _ in row_keys(now)[len(parents) :]}
+    return torch.stack([*means[parents], *(mean[kind] for kind, _ in row_keys(now)[len(parents) :])])

@@ -175,7 +175,7 @@ class LatentData(Dataset):
         if (self.root / "moments.npy").stat().st_size != chunk_span(self.info, len(self.chunk_hashes) - 1)[1]:
             raise damaged_error(self.root / "moments.npy")
         self.hierarchy = Hierarchy.from_dict(self.info["hierarchy"])
-        if hierarchy is not None and hierarchy != self.hierarchy:
+        if hierarchy is not None and hierarchy.keep() != self.hierarchy.keep():
             raise ValueError(
                 f"The latents in {root} were labelled by another hierarchy ({self.hierarchy!r}) than the one given "
                 f"({hierarchy!r}): encode the images again."

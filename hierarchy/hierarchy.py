@@ -1,4 +1,4 @@
-"""Classes, their superclasses and the map between them.
+"""Classes, their superclasses and the map between them, and the ranks in between if there are any.
 
 The paper's superclasses come from the data set: iNaturalist 2021 has 10,000 species in 11 superclasses,
 VegFru has 292 classes in 25. The files `hierarchy/*.json` describe these two. Any other data set brings its
@@ -9,13 +9,14 @@ hierarchy as a folder `superclass/class/*.jpg` or as a JSON file:
      "classes": ["beagle", "manx", "pug"],  by label; optional, the default is "00000", "00001", ...
      "parents": [1, 0, 1]}                  by label, a superclass label or name; or inclusive ranges
                                             of labels {"cats": [[1, 1]], "dogs": [[0, 0], [2, 2]]}
+
+Deeper folders have further ranks, and so have JSON files in the forms of `hierarchy/ranks.py`.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,41 +24,45 @@ from pathlib import Path
 import torch
 
 from hierarchy import names
+from hierarchy.checks import checked_names, checked_parents, expand_ranges, numbered_names, short_repr
 from hierarchy.layouts import (
     annotation_names,
     check_unique_folders,
     class_folders,
-    has_two_levels,
     image_root,
     inat_superclass,
     is_inat,
     is_vegfru,
     release_root,
-    subfolders,
     vegfru_prefixes,
 )
+from hierarchy.ranks import Pairs, Rank, check_ranks, inat_ranks, rank_from_names, rank_of_paths, ranks_from_record
 from runtime.text import one_line
 
 BUILT_IN = Path(__file__).resolve().parent
-MOST_CLASSES = 1 << 20
+SUPERCLASS = "superclass"  # the usual name of the coarsest rank
 NULL_CLASS = ("null",)  # the superclasses of a hierarchy without any
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class Hierarchy:
-    """Classes, superclasses and the map between them. Hierarchies that differ in `name` alone are equal.
+    """Classes, superclasses, the map between them, and further ranks. Hierarchies that differ in `name` alone are equal.
 
     classes       unique names by label, num_classes of them
     superclasses  unique names by superclass label, num_super_classes of them
     parents       the superclass label of each class, int64 (num_classes,); each superclass has at least one class.
                   If it is unknown, pass None; reading it then raises ValueError
     name          what messages call the hierarchy
+    ranks         the ranks between superclasses and classes, from coarse to fine
+    top           name of the rank of the superclasses
     """
 
     classes: tuple[str, ...]
     superclasses: tuple[str, ...]
     parents: torch.Tensor  # the property below
     name: str
+    ranks: tuple[Rank, ...]
+    top: str
 
     def __init__(
         self,
@@ -65,6 +70,8 @@ class Hierarchy:
         superclasses: Sequence[str],
         parents: torch.Tensor | Sequence[int] | None,
         name: str = "hierarchy",
+        ranks: Sequence[Rank] = (),
+        top: str = SUPERCLASS,
     ):
         classes = checked_names(classes, f"{name}: classes")
         superclasses = checked_names(superclasses, f"{name}: superclasses")
@@ -72,6 +79,8 @@ class Hierarchy:
             parents = checked_parents(parents, classes, superclasses, name)
         # past the frozen __setattr__
         vars(self).update(classes=classes, superclasses=superclasses, _parents=parents, name=name)
+        vars(self).update(ranks=tuple(ranks), top=top)
+        check_ranks(self.tiers, classes, name)
 
     @property
     def parents(self) -> torch.Tensor:
@@ -85,6 +94,32 @@ class Hierarchy:
     @property
     def has_parents(self) -> bool:
         return self._parents is not None
+
+    @property
+    def tiers(self) -> tuple[Rank, ...]:
+        """All ranks above the classes, from coarse to fine: the superclasses and `ranks`."""
+        return Rank(self.top, self.superclasses, self._parents), *self.ranks
+
+    @property
+    def leaf(self) -> str:
+        """The name of the rank of the classes."""
+        return "species" if is_inat(self.classes) else "class"
+
+    @property
+    def has_ancestors(self) -> bool:
+        """True if the nodes of each class are known in all tiers."""
+        return all(tier.of_class is not None for tier in self.tiers)
+
+    @property
+    def ancestors(self) -> torch.Tensor:
+        """The nodes of each class, int64 (tiers, num_classes). Raises ValueError if they are unknown."""
+        unknown = [rank.name for rank in self.ranks if rank.of_class is None]
+        if unknown:
+            raise ValueError(
+                f"{self.name} has the number of nodes of rank {unknown[0]}, but not the node of each class: pass the image "
+                "folder or its annotation file as --hierarchy."
+            )
+        return torch.stack([self.parents, *(rank.of_class for rank in self.ranks)])
 
     @property
     def is_plain(self) -> bool:
@@ -107,7 +142,7 @@ class Hierarchy:
     @property
     def is_inat2021(self) -> bool:
         """True for the built-in hierarchy inat2021, which the released checkpoints have: its classes are numbers."""
-        return self.numbered and self == Hierarchy.load("inat2021")
+        return self.numbered and self.keep() == Hierarchy.load("inat2021").keep()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Hierarchy) and self.digest() == other.digest()
@@ -116,7 +151,21 @@ class Hierarchy:
         return hash(self.digest())
 
     def __repr__(self) -> str:
-        return f"Hierarchy({self.name}: {self.num_classes} / {self.num_super_classes})"
+        counts = (len(tier.nodes) for tier in reversed(self.tiers))
+        return f"Hierarchy({self.name}: {' / '.join(map(str, (self.num_classes, *counts)))})"
+
+    def keep(self, *wanted: str) -> "Hierarchy":
+        """Return the hierarchy with these tiers alone, the coarsest of which are its superclasses; without names the first.
+
+        wanted: names of tiers, in any order; "superclass" is the first. Raises ValueError if there is no such tier.
+        """
+        own = {tier.name: tier for tier in self.tiers}
+        wanted = [self.top if name == SUPERCLASS else name for name in wanted]
+        unknown = [name for name in wanted if name not in own]
+        if unknown:
+            raise ValueError(f"{self.name} has no rank {unknown[0]!r}, expected one of {', '.join(own)}.")
+        top, *ranks = [tier for tier in self.tiers if tier.name in (wanted or [self.top])]
+        return Hierarchy(self.classes, top.nodes, top.of_class, self.name, ranks, top.name)
 
     @classmethod
     def load(cls, spec: str | os.PathLike) -> "Hierarchy":
@@ -165,22 +214,29 @@ class Hierarchy:
         """Build the hierarchy of iNaturalist directory names `NNNNN_Kingdom_Phylum_..._epithet`.
 
         The rule and the order of superclasses are those of `hierarchy/inat2021.json`; superclasses without a class
-        are left out. Raises ValueError if a name has another form or its kingdom is unknown.
+        are left out. The further ranks are class, order, family and genus. Raises ValueError if a name has another form or
+        its kingdom is unknown.
         """
         record = read_json(BUILT_IN / "inat2021.json")
         names = list(names)
         found = [inat_superclass(record["rule"], class_name) for class_name in names]
         superclasses = [s for s in record["superclasses"] if s in set(found)]
-        return cls(names, superclasses, [superclasses.index(s) for s in found], name)
+        return cls(names, superclasses, [superclasses.index(s) for s in found], name, inat_ranks(names))
 
     @classmethod
     def from_dict(cls, record: dict, name: str = "hierarchy") -> "Hierarchy":
         """Build a hierarchy from a record in any form of the module docstring; the inverse of `to_dict`."""
-        if not isinstance(record, dict) or not {"superclasses", "parents"} <= record.keys():
+        two_tiers = isinstance(record, dict) and {"superclasses", "parents"} <= record.keys()
+        if not two_tiers and not (isinstance(record, dict) and "ranks" in record):
             raise ValueError(
-                f"A hierarchy must be a JSON object with 'superclasses' and 'parents', got {short_repr(record)}."
+                "A hierarchy must be a JSON object with 'superclasses' and 'parents', or with 'classes' and 'ranks', got "
+                f"{short_repr(record)}."
             )
-        name, superclasses = record.get("name", name), record["superclasses"]
+        name = record.get("name", name)
+        if not two_tiers:
+            classes, (top, *ranks) = ranks_from_record(record, name)
+            return cls(classes, top.nodes, top.of_class, name, ranks, top.name)
+        superclasses = record["superclasses"]
         classes, parents = record.get("classes"), record["parents"]
         if isinstance(parents, dict):
             parents = expand_ranges(parents, name)
@@ -196,20 +252,35 @@ class Hierarchy:
                 raise ValueError(f"{name}: parent {unknown[0]!r} is not among the superclasses: add it to them.")
             parents = [label_of[p] if isinstance(p, str) else p for p in parents]
             classes = numbered_names(len(parents)) if classes is None else classes
-        return cls(classes, superclasses, parents, name)
+        further = record.get("ranks", {})
+        if not isinstance(further, dict):
+            raise ValueError(
+                f"{name}: 'ranks' is {short_repr(further)}, expected an object of ranks from coarse to fine."
+            )
+        ranks = [rank_from_names(rank, nodes, len(classes), name) for rank, nodes in further.items()]
+        return cls(classes, superclasses, parents, name, ranks, record.get("superclass_rank", SUPERCLASS))
 
     def to_dict(self) -> dict:
-        """Return the JSON form, without "classes" if they are numbered; "parents" is None if unknown."""
+        """Return the JSON form, without "classes" if they are numbered; "parents" is None if unknown.
+
+        Only a hierarchy that has them gets "ranks", with a name per class or a number of nodes, and "superclass_rank".
+        """
         record = {"name": self.name, "superclasses": list(self.superclasses)}
         if not (self.numbered and self.has_parents):
             record["classes"] = list(self.classes)
         record["parents"] = self.parents.tolist() if self.has_parents else None
+        if self.top != SUPERCLASS:
+            record["superclass_rank"] = self.top
+        if self.ranks:
+            known = {rank.name: rank.of_class is not None for rank in self.ranks}
+            record["ranks"] = {r.name: r.names() if known[r.name] else len(r.nodes) for r in self.ranks}
         return record
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of classes, superclasses and parents."""
+        """Return the SHA-256 (hex) of classes, superclasses, parents and further ranks."""
         parents = self.parents.tolist() if self.has_parents else None
-        text = json.dumps([self.classes, self.superclasses, parents], separators=(",", ":"))
+        parts = [self.classes, self.superclasses, parents, *([self.to_dict()["ranks"]] if self.ranks else [])]
+        text = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def find(self, query: str | int) -> int:
@@ -234,80 +305,14 @@ class Hierarchy:
         return names.find_class(self, query)
 
 
-def numbered_names(count: int) -> tuple[str, ...]:
-    return tuple(f"{label:05d}" for label in range(count))
-
-
-def short_repr(value: object, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
 def read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 or JSON
         raise ValueError(f"{path} is not JSON ({one_line(error)}): pass a hierarchy as JSON.") from None
 
 
 # ---- checks --------------------------------------------------------------------------------------
-
-
-def checked_names(names: Sequence[str], field: str) -> tuple[str, ...]:
-    """Return the names as a tuple; raise ValueError unless they are unique strings and at least one."""
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{field} must be a list of names (strings), got {short_repr(names)}.")
-    if not names:
-        raise ValueError(f"{field} is empty, expected at least one name.")
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        at = [i for i, name in enumerate(names) if name == twice]
-        raise ValueError(f"{field} must be unique, but {twice!r} is at {at[0]} and {at[1]}.")
-    return tuple(names)
-
-
-def checked_parents(
-    parents: torch.Tensor | Sequence[int], classes: Sequence[str], superclasses: Sequence[str], name: str
-) -> torch.Tensor:
-    """Return the parents as int64 (num_classes,); raise ValueError naming the first that is invalid."""
-    labels = parents.tolist() if torch.is_tensor(parents) else list(parents)
-    count = len(superclasses)
-    if len(labels) != len(classes):
-        raise ValueError(f"{name}: {len(labels)} parents for {len(classes)} classes, expected one for each.")
-    for i, parent in enumerate(labels):
-        if type(parent) is not int or not 0 <= parent < count:
-            raise ValueError(
-                f"{name}: class {i} ({classes[i]}) has parent {parent!r}, expected an index 0..{count - 1}."
-            )
-    empty = sorted(set(range(count)) - set(labels))
-    if empty:
-        raise ValueError(
-            f"{name}: superclass {empty[0]} ({superclasses[empty[0]]}) has no class, expected at least one."
-        )
-    return torch.tensor(labels, dtype=torch.int64)
-
-
-def expand_ranges(ranges: dict, name: str) -> list[str]:
-    """Return the superclass name of each class, given {"superclass": [[first, last], ...], ...} with inclusive ends."""
-    try:
-        runs = sorted((int(a), int(b), s) for s, pairs in ranges.items() for a, b in pairs)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"{name}: 'parents' is {short_repr(ranges)}, expected [[first, last], ...] for each superclass."
-        ) from None
-    parents = []
-    for first, last, superclass in runs:
-        if first != len(parents) or last < first:
-            raise ValueError(
-                f"{name}: range [{first}, {last}] of {superclass!r} leaves a gap or an overlap, expected a range that "
-                f"begins at {len(parents)}."
-            )
-        if last >= MOST_CLASSES:
-            raise ValueError(
-                f"{name}: range [{first}, {last}] of {superclass!r} is too long, expected at most {MOST_CLASSES} classes."
-            )
-        parents += [superclass] * (last - first + 1)
-    return parents
 
 
 def check_counts(hierarchy: Hierarchy, num_classes: int | None, num_super_classes: int | None):
@@ -332,10 +337,15 @@ def hierarchy_from_folders(root: Path, allow_flat: bool = False) -> Hierarchy:
     """
     folders = class_folders(root)
     root, names = image_root(root), [folder.name for folder in folders]
-    if has_two_levels(root):
+    depth = len(folders[0].relative_to(root).parts)
+    if depth > 1:
         check_unique_folders(folders)
-        superclasses = subfolders(root)
-        return Hierarchy(names, superclasses, [superclasses.index(f.parent.name) for f in folders], root.name)
+        paths = [folder.relative_to(root).parts for folder in folders]
+        top, *ranks = [
+            rank_of_paths(SUPERCLASS if level == 1 else f"level{level}", [path[:level] for path in paths])
+            for level in range(1, depth)
+        ]
+        return Hierarchy(names, top.nodes, top.of_class, root.name, ranks)
     if is_inat(names):
         return Hierarchy.from_class_names(names, root.name)
     for path in (root / "hierarchy.json", root.resolve().parent / "hierarchy.json"):

@@ -1,6 +1,7 @@
 """Read the folder layouts of data sets; no image is opened here.
 
 superclass/class/*.jpg                 two levels
+superclass/.../class/*.jpg             more levels, each a rank
 class/*.jpg                            one level
 NNNNN_Kingdom_..._epithet/*.jpg        iNaturalist, also in train_mini/, train/ or val/
 veg200_images/class/v_SS_NN_IIII.jpg   VegFru's release, with fru92_images/ and vegfru_list/
@@ -94,21 +95,6 @@ def image_root(root: Path) -> Path:
     return inner[0] if inner else root
 
 
-def has_two_levels(root: Path) -> bool:
-    """Return True for `superclass/class/*.jpg`, False for `class/*.jpg`; raise ValueError for a mixture."""
-    names = subfolders(root)
-    if is_inat(names):
-        return False
-    deep = [name for name in names if subfolders(root / name)]
-    if deep and len(deep) < len(names):
-        flat = next(name for name in names if name not in deep)
-        raise ValueError(
-            f"{root}: {deep[0]!r} has folders in it and {flat!r} has none, expected superclass/class/*.jpg or class/*.jpg "
-            "throughout."
-        )
-    return bool(deep)
-
-
 def class_folders(root: Path) -> list[Path]:
     """Return the class folders of a data set in any of the layouts, sorted by path."""
     if is_vegfru(root):
@@ -122,9 +108,28 @@ def class_folders(root: Path) -> list[Path]:
         )
     if not names:
         raise ValueError(f"{root} has no class folders, expected class/*.jpg or superclass/class/*.jpg.")
-    if has_two_levels(root):
-        return [root / superclass / name for superclass in names for name in subfolders(root / superclass)]
-    return [root / name for name in names]
+    folders, depth = [root / name for name in names], 1
+    while not is_inat(names) and has_deeper_level(root, folders, depth):
+        folders, depth = [folder / name for folder in folders for name in subfolders(folder)], depth + 1
+    return folders
+
+
+def has_deeper_level(root: Path, folders: Sequence[Path], depth: int) -> bool:
+    """Return True if the folders `depth` levels below the root hold folders, and False if they are those of the classes.
+
+    Below the first level, folders with images are those of the classes, whatever else they hold. Raises ValueError for a
+    mixture.
+    """
+    if depth > 1 and any(is_image(entry) for entry in visible_entries(folders[0])):
+        return False
+    deep = [folder for folder in folders if subfolders(folder)]
+    if deep and len(deep) < len(folders):
+        flat = next(folder for folder in folders if folder not in set(deep))
+        raise ValueError(
+            f"{root}: {str(deep[0].relative_to(root))!r} has folders in it and {str(flat.relative_to(root))!r} has none, "
+            "expected superclass/class/*.jpg or class/*.jpg throughout."
+        )
+    return bool(deep)
 
 
 def check_unique_folders(folders: Iterable[Path]):

@@ -17,6 +17,7 @@ from checkpoint.format import read_description, read_weights, save_safetensors
 from checkpoint.loading import TABLE, find_base
 from checkpoint.rows import match_rows, row_keys
 from hierarchy import Hierarchy
+from hierarchy.ranks import Rank
 from runtime.cli import Parser, run_command
 from runtime.files import sha256
 
@@ -24,7 +25,7 @@ EXAMPLES = """
     python -m tools.merge runs/a/adapters/0002000.safetensors runs/b/adapters/0002000.safetensors --out all.safetensors
 """
 
-Rows = dict[tuple[str, str], tuple[torch.Tensor, str | None]]  # by kind and name: the row, and a class's superclass
+Rows = dict[tuple[str, str], tuple[torch.Tensor, tuple[str, ...]]]  # by kind and name: the row, and a class's ancestors
 
 
 def read_patches(path: str | Path) -> tuple[Path, Rows]:
@@ -41,8 +42,8 @@ def read_patches(path: str | Path) -> tuple[Path, Rows]:
     keys, hierarchy, rows = row_keys(description), description.hierarchy, {}
     for row, values in zip(description.patch_rows, tensors[TABLE]):
         kind, name = keys[row]
-        parent = hierarchy.superclasses[hierarchy.parents[row]] if kind == "class" else None
-        rows[kind, name] = values.float(), parent
+        path = [tier.nodes[tier.of_class[row]] for tier in hierarchy.tiers] if kind == "class" else ()
+        rows[kind, name] = values.float(), tuple(path)
     if read_description(base).patch_rows:
         base, below = read_patches(base)
         rows = merge_rows(below, rows, path)
@@ -60,13 +61,17 @@ def merge_rows(first: Rows, second: Rows, path: str | Path) -> Rows:
 
 
 def extend_description(description: ModelDescription, rows: Rows) -> ModelDescription:
-    """Return the description of an adapter with further classes and superclasses, which follow its own by name."""
+    """Return the description of an adapter with further classes and nodes, which follow its own by name."""
     own = description.hierarchy
-    found = {parent for _, parent in rows.values() if parent}
+    new = sorted((name, path) for (kind, name), (_, path) in rows.items() if kind == "class")
+    found = {path[0] for _, path in new}
     superclasses = [*own.superclasses, *sorted(found - set(own.superclasses))]
-    new = sorted((name, parent) for (kind, name), (_, parent) in rows.items() if kind == "class")
-    parents = own.parents.tolist() + [superclasses.index(parent) for _, parent in new]
-    hierarchy = Hierarchy([*own.classes, *(name for name, _ in new)], superclasses, parents, own.name)
+    parents = own.parents.tolist() + [superclasses.index(path[0]) for _, path in new]
+    ranks = [
+        Rank.of_names(rank.name, rank.names() + [path[tier] for _, path in new])
+        for tier, rank in enumerate(own.ranks, start=1)
+    ]
+    hierarchy = Hierarchy([*own.classes, *(name for name, _ in new)], superclasses, parents, own.name, ranks, own.top)
     return replace(description, hierarchy=hierarchy, original_classes=description.original_classes or own.num_classes)
 
 

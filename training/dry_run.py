@@ -51,7 +51,7 @@ def dry_run(args: argparse.Namespace):
     description = describe(args, hierarchy, latent_size, channels)
     if args.extend:
         description, _ = extend(description, args)
-        hierarchy = description.hierarchy
+    hierarchy = description.hierarchy
     with torch.device("meta"):
         model = build_model(description, args.class_dropout_prob, counts_only=True)
     parameters = select(model, ROWS if description.patch_rows else METHODS[args.method])
@@ -59,6 +59,7 @@ def dry_run(args: argparse.Namespace):
     count = count_parameters(parameters, description.patch_rows)
     settings = vars(args) | {
         "embedder": description.embedder,
+        "tiers": description.tiers,
         "num_classes": hierarchy.num_classes,
         "num_super_classes": hierarchy.num_super_classes,
         "total_params": total,

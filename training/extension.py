@@ -14,8 +14,18 @@ from checkpoint.description import ModelDescription
 from checkpoint.format import is_adapter, read_description
 from checkpoint.rows import new_rows
 from hierarchy import Hierarchy
+from hierarchy.ranks import Rank
 
-ADOPTED = "model", "image_size", "vae", "method", "embedder", "lora_rank", "lora_targets"  # flags the adapter decides
+ADOPTED = (
+    "model",
+    "image_size",
+    "vae",
+    "method",
+    "embedder",
+    "tiers",
+    "lora_rank",
+    "lora_targets",
+)  # the adapter decides
 
 
 def adopt_settings(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
@@ -71,9 +81,9 @@ def extend(description: ModelDescription, args: argparse.Namespace) -> tuple[Mod
 
 
 def extend_hierarchy(own: Hierarchy, other: Hierarchy) -> Hierarchy:
-    """Return `own` with the classes and superclasses of `other` that it lacks, each at the end.
+    """Return `own` with the classes, superclasses and further nodes of `other` that it lacks, each at the end.
 
-    Raises ValueError if a class has different superclasses in them.
+    Raises ValueError if a class has different superclasses or other nodes in them.
     """
     superclasses = [*own.superclasses, *(name for name in other.superclasses if name not in own.superclasses)]
     parent_of = dict(zip(own.classes, own.parents.tolist()))
@@ -84,4 +94,14 @@ def extend_hierarchy(own: Hierarchy, other: Hierarchy) -> Hierarchy:
                 f"Class {name} is in superclass {superclasses[parent]} here, expected {superclasses[parent_of[name]]} as in "
                 f"{own.name}: move its folder or rename the class."
             )
-    return Hierarchy([*parent_of], superclasses, [*parent_of.values()], own.name)
+    ranks = []
+    for rank, same in zip(own.ranks, other.ranks):
+        node_of = dict(zip(own.classes, rank.names()))
+        for name, node in zip(other.classes, same.names()):
+            if node_of.setdefault(name, node) != node:
+                raise ValueError(
+                    f"Class {name} is in {rank.name} {node} here, expected {node_of[name]} as in {own.name}: move its folder "
+                    "or rename the class."
+                )
+        ranks.append(Rank.of_names(rank.name, [*node_of.values()]))
+    return Hierarchy([*parent_of], superclasses, [*parent_of.values()], own.name, ranks, own.top)

@@ -5,6 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable
 
+from checkpoint.description import EMBEDDERS
 from finetune import LORA_LAYERS, METHODS, MOST_OF_START, SHORT_RUN_WARMUP
 from models import DiT_models
 from runtime.cli import Parser
@@ -96,10 +97,22 @@ def add_method_flags(add: Callable):
     )
     add(
         "--embedder",
-        choices=["tiered", "null"],
-        help="class table with superclass rows, or with a null row; if not given, the method's own",
+        choices=EMBEDDERS,
+        help="class table with superclass rows (path: a label is the sum of its row and its ancestors'), or with a null row; "
+        "if not given, the method's own",
     )
-    add("--class-dropout-prob", type=float, default=0.1, help="probability of replacing a label by its superclass")
+    add(
+        "--tiers",
+        nargs="+",
+        metavar="RANK",
+        help="ranks of the hierarchy that get rows, such as superclass order; if not given, the superclasses",
+    )
+    add(
+        "--class-dropout-prob",
+        type=float,
+        default=0.1,
+        help="probability of replacing a label by its superclass, or by its node in any of --tiers",
+    )
     add(
         "--null-prob",
         type=float,
@@ -257,7 +270,13 @@ def check_settings(args: argparse.Namespace):
             f"--null-prob is {args.null_prob} and --class-dropout-prob {args.class_dropout_prob}, expected probabilities "
             "that add up to at most 1."
         )
-    if args.null_prob and (args.embedder or METHODS[args.method].embedder) == "null":
+    embedder = args.embedder or METHODS[args.method].embedder
+    if args.tiers and embedder == "null":
+        raise ValueError(
+            f"--tiers is {' '.join(args.tiers)}, but the table of --method {args.method} has a null row instead: pass --embedder "
+            "tiered or path, or drop the flag."
+        )
+    if args.null_prob and embedder == "null":
         raise ValueError(
             f"--null-prob is {args.null_prob}, but the table of --method {args.method} has a null row already: pass "
             "--embedder tiered, or --class-dropout-prob alone."

@@ -275,6 +275,7 @@ def describe(
     settings |= {} if warmup is None else {"ema_warmup": warmup}
     settings |= {"max_steps": max_steps} if args.lr_schedule == "cosine" else {}
     lora = "lora" in METHODS[args.method].trains
+    embedder = args.embedder or METHODS[args.method].embedder
     settings |= {"lora_lr": args.lora_lr} if lora else {}
     settings |= {"train": args.train} if args.extend else {}
     return ModelDescription(
@@ -284,11 +285,11 @@ def describe(
         channels=channels,
         vae=args.vae,
         method=args.method,
-        embedder=args.embedder or METHODS[args.method].embedder,
+        embedder=embedder,
         null_row=args.null_prob > 0,
         lora_rank=args.lora_rank if lora else None,
         lora_targets=" ".join(sorted(set(args.lora_targets))) if lora else None,
-        hierarchy=hierarchy,
+        hierarchy=hierarchy.keep(*args.tiers or () if embedder != "null" else ()),
         data=fingerprint,
         encoder=encoder,
         settings=settings | {"mixed_precision": precision or args.mixed_precision},

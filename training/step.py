@@ -16,6 +16,7 @@ from torch import nn
 from autoencoder import Autoencoder
 from diffusion import GaussianDiffusion, create_diffusion
 from runtime.private import skip_update_if
+from tiered_embedder import drop_ids
 
 NUM_TIMESTEPS = 1000
 DIFFUSION = create_diffusion("")
@@ -33,6 +34,7 @@ def draw_step_noise(
     dropout_prob: float,
     null_prob: float,
     device: torch.device | str,
+    tiers: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Draw all that is random in a step, for the B = `batch` images of the global batch.
 
@@ -41,8 +43,8 @@ def draw_step_noise(
 
     t          timesteps in 0..999, int64 (B,)
     flip       mirror the image, bool (B,): with probability 1/2, or never if not `flip`
-    drop       0 keeps the label, 1 (with `dropout_prob`) replaces it by its superclass, 2 (with `null_prob`) by the null
-               row; int64 (B,), the embedder's `force_drop_ids`
+    drop       how the label is replaced, int64 (B,), see `tiered_embedder.drop_ids`: with `dropout_prob` by its superclass,
+               or one of its ancestors in `tiers`, and with `null_prob` by the null row
     posterior  standard normal noise of the autoencoder's posterior, (B, C, h, w)
     noise      standard normal noise of the diffusion, (B, C, h, w)
     """
@@ -51,11 +53,10 @@ def draw_step_noise(
     together = DRAWN_TOGETHER if torch.device(device).type == "cuda" else math.prod((batch, *latent_shape))
     t = torch.randint(0, NUM_TIMESTEPS, (batch,), **options)
     flip = torch.rand(batch, **options) < (0.5 if flip else 0.0)
-    u = torch.rand(batch, **options)
     return {
         "t": t,
         "flip": flip,
-        "drop": (u < dropout_prob) + 2 * ((u >= dropout_prob) & (u < dropout_prob + null_prob)),
+        "drop": drop_ids(torch.rand(batch, **options), dropout_prob, null_prob, tiers),
         "posterior": draw_normal((batch, *latent_shape), together, **options),
         "noise": draw_normal((batch, *latent_shape), together, **options),
     }
