@@ -18,6 +18,7 @@ PROGRAMS = [
     "sample",
     "sample_ddp",
     "evaluate",
+    "tools.browse.__main__",
     "tools.check_data",
     "tools.encode_latents",
     "tools.export",

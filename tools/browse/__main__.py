@@ -1,0 +1,81 @@
+"""Show the species of a model in the browser: look for one, see it drawn, compare and share.
+
+    python -m tools.browse --ckpt ADAPTER [--port N] [--no-open]
+
+This machine draws, and the page loads nothing from others. See docs/browse.md.
+"""
+
+import argparse
+import resource
+import secrets
+import socket
+import webbrowser
+
+from runtime.cli import Parser, check_range, run_command
+from sampling.options import PRESETS, add_options, check_options
+
+EXAMPLES = """
+python -m tools.browse --ckpt results/inat/adapters/0200000.safetensors --images data/inat/val
+python -m tools.browse --ckpt examples/glyphs/base.safetensors --vae examples/glyphs/vae --port 8080 --no-open
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line. Raises ValueError for an unknown or malformed flag."""
+    parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
+    add = parser.add_argument_group("page").add_argument
+    add("--host", help="address for other machines, such as 0.0.0.0; if not given, the page is for this machine alone")
+    add("--port", type=int, default=8000, help="port of the page, 0 for any free one")
+    add("--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser")
+    add("--images", help="folder with real images of the classes, to show beside the pictures")
+    add("--beside", help="another adapter of the same classes, to compare on the same noise")
+    add_options(parser, without=("--preset",))
+    parser.set_defaults(**PRESETS["fast"])
+    return parser.parse_args()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises ValueError if the address cannot be used."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        found = f"{host} port {port} cannot be used ({error.strerror})"
+        raise ValueError(f"{found}, expected a free port of this machine: pass another --port.") from None
+
+
+def main():
+    args = parse_args()
+    check_options(args)
+    check_range(args, port=(0, 65535))
+    try:
+        import uvicorn
+
+        from tools.browse import server, species, studio
+    except ModuleNotFoundError as error:
+        raise ValueError(f"No module {error.name}, which the page needs: pip install starlette uvicorn.") from None
+    listener = listen(args.host or "127.0.0.1", args.port)
+    drawing = studio.Studio(args)
+    images = species.real_folders(args.images, drawing.hierarchy) if args.images else {}
+    token = secrets.token_urlsafe(16) if args.host else ""
+    app = server.build_app(drawing, images, token)
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every connection is an open file
+    host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host or "localhost"
+    host, port = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
+    address = f"http://{host}:{port}/{token and token + '/'}"
+    print(f"{drawing.hierarchy.num_classes:,} species at {address} (Ctrl-C ends it)", flush=True)
+    if args.open:
+        webbrowser.open(address)
+    options = dict(http=server.PatientProtocol, ws="none", lifespan="off", server_header=False, proxy_headers=False)
+    try:
+        uvicorn.Server(uvicorn.Config(app, **options, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+    except KeyboardInterrupt:
+        print()
+    finally:
+        drawing.close()
+
+
+if __name__ == "__main__":
+    run_command(main)
