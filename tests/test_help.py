@@ -23,7 +23,9 @@ PROGRAMS = [
     "tools.encode_latents",
     "tools.export",
     "tools.figures.__main__",
+    "tools.filter_images",
     "tools.names",
+    "tools.train_classifier",
     "benchmarks.gpu",
     "benchmarks.loading",
     "benchmarks.precision",
@@ -33,6 +35,7 @@ PROGRAMS = [
     "examples.glyphs.read",
     "examples.glyphs.study",
     "examples.glyphs.train_autoencoder",
+    "examples.glyphs.usefulness",
 ]
 
 
