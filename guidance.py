@@ -1,10 +1,12 @@
 """Guidance: push a class's prediction away from a more general or a worse one.
 
-Equation 1 of FineDiffusion (arXiv 2402.18331) is the function `superclass` below.
+The table of classes is a tree: the null class, the superclasses, further tiers if there are any, and the classes. Its
+guidances are sums of steps down this tree, each with a scale (`down_the_tree`). Equation 1 of FineDiffusion
+(arXiv 2402.18331) has one step, e_p + w (e_c - e_p).
 
 Shapes: N images x (N, C, h, w); predictions (N, 2C, h, w), the noise and then the variance. e_c is the prediction for the
-class c, e_p for its superclass p and e_0 for the null class; w is the guidance scale. At w = 1 every guided prediction is
-e_c.
+class c, e_p for its superclass p and e_0 for the null class; w is the guidance scale. If all scales are 1, the guided
+prediction is e_c.
 """
 
 import hashlib
@@ -21,13 +23,16 @@ ALL_TIMESTEPS = (0, 999)
 class Guidance:
     """The guidance of a sampling run.
 
-    kind           a name in FORMULAS, or "none"
-    scale          w, 0 or more; for "chain" it is w_c
-    parent_scale   w_p of "chain", 0 or more; other kinds ignore it
+    kind           a name in GUIDANCES
+    scale          w, 0 or more; for "chain" it is the scale below the superclasses
+    parent_scale   "chain": scale between the null class and the superclasses, 0 or more; other kinds ignore it
     interval       first and last guided timestep, both in 0..999; at all others the prediction is e_c
                    (arXiv 2404.07724, which gives the interval in noise levels)
     channels       how many of the first channels are guided: 3 as in the official code, or "all" C; the others are e_c's
     other_weights  {parameter name: tensor} that autoguidance and domain guidance swap in for a second model
+    tier           "superclass": the tier in the place of the superclass, 0 for the superclasses
+    scales         "chain": the scale of each tier, from coarse to fine, and of the class, in place of the two above
+    intervals      "chain": the interval of each tier and of the class, in place of `interval`
     """
 
     kind: str = "superclass"
@@ -36,76 +41,93 @@ class Guidance:
     interval: tuple[int, int] = ALL_TIMESTEPS
     channels: int | str = 3
     other_weights: dict[str, torch.Tensor] | None = None
+    tier: int = 0
+    scales: tuple[float, ...] | None = None
+    intervals: tuple[tuple[int, int], ...] | None = None
 
     @property
     def idle(self) -> bool:
         """Whether the guided prediction is e_c at every timestep."""
-        return self.kind == "none" or (self.scale == 1 and (self.kind != "chain" or self.parent_scale == 1))
+        if self.kind == "chain":
+            return set(self.scales or (self.scale, self.parent_scale)) == {1}
+        return self.kind == "none" or self.scale == 1
+
+    @property
+    def timed(self) -> bool:
+        """Whether the guidance depends on the timestep."""
+        return self.intervals is not None or self.interval != ALL_TIMESTEPS
+
+    def step_scales(self, tiers: int, t: int = 0) -> tuple[float, ...]:
+        """Return the scales of the formula at timestep t: of tiers + 1 steps down the tree, or the one of another kind."""
+        steps = {
+            "superclass": (1.0,) * (self.tier + 1) + (self.scale,) * (tiers - self.tier),
+            "null": (self.scale,) * (tiers + 1),
+            "chain": self.scales or (self.parent_scale, *(self.scale,) * tiers),
+        }.get(self.kind, (self.scale,))
+        if not self.timed:
+            return steps
+        intervals = self.intervals or (self.interval,) * len(steps)
+        return tuple(w if low <= t <= high else 1.0 for w, (low, high) in zip(steps, intervals))
 
 
 # ---- formulas ------------------------------------------------------------------------------------
 #
-# Each takes eps, the scale w and the parent scale, and returns (e_c, the guided prediction), all (N, 2C, h, w).
-# eps("class", "null") returns the predictions for these rows of the class table, named as in ROWS, in one forward pass;
-# eps(..., other=True) returns those of the model with the other weights.
+# Each takes eps, which computes predictions, and scales, and returns (e_c, the guided prediction), all (N, 2C, h, w).
+# eps("class", "null") returns the predictions for these rows of the class table, named as in ROWS or by the number of a
+# tier, in one forward pass; eps(..., other=True) returns those of the model with the other weights.
 
 
-def superclass(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """FineDiffusion, arXiv 2402.18331, equation 1: e_p + w (e_c - e_p). For a plain DiT, p is the null class."""
-    e_c, e_p = eps("class", "superclass")
-    return e_c, e_p + w * (e_c - e_p)
+def down_the_tree(eps: Callable, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every step down the tree with its own scale: e_0 + w_1 (e_1 - e_0) + ... + w_c (e_c - e_L), for tiers 1..L.
 
-
-def null(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classifier-free guidance, arXiv 2207.12598, equation 6: e_0 + w (e_c - e_0). That paper's w is this w minus 1."""
-    e_c, e_0 = eps("class", "null")
-    return e_c, e_0 + w * (e_c - e_0)
-
-
-def chain(eps: Callable, w_c: float, w_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both steps down the hierarchy, each with its own scale: e_0 + w_p (e_p - e_0) + w_c (e_c - e_p).
-
-    w_p = 1 is FineDiffusion's guidance and w_p = w_c is classifier-free guidance: terms that cancel are not computed.
-    arXiv 2211.09800, section 3.2, does the same for an image and a text as conditions.
+    scales: w_1, ..., w_L, w_c. With w_1 = 1 and the others w it is equation 1 of arXiv 2402.18331, and with all equal to w
+    classifier-free guidance, arXiv 2207.12598, equation 6, whose w is this w minus 1. Predictions that cancel are not
+    computed. arXiv 2211.09800, section 3.2, has such a chain for an image and a text as conditions.
     """
-    if w_p == 1:
-        return superclass(eps, w_c, w_p)
-    if w_p == w_c:
-        return null(eps, w_c, w_p)
-    e_c, e_p, e_0 = eps("class", "superclass", "null")
-    return e_c, e_0 + w_p * (e_p - e_0) + w_c * (e_c - e_p)
+    levels = ("null", *range(len(scales) - 1), "class")
+    ends = [i for i in range(1, len(levels)) if i == len(scales) or scales[i] != scales[i - 1]]  # equal steps are one
+    steps = [(scales[end - 1], start, end) for start, end in zip([0, *ends], ends)]
+    if steps[0][0] == 1:
+        steps = steps[1:]
+    base = steps[0][1] if steps else len(scales)
+    used = sorted({len(scales), base, *(end for _, _, end in steps)}, reverse=True)
+    e = dict(zip(used, eps(*(levels[i] for i in used))))
+    pushed = e[base]
+    for w, start, end in steps:
+        pushed = pushed + w * (e[end] - e[start])
+    return e[len(scales)], pushed
 
 
-def autoguidance(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
+def autoguidance(eps: Callable, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Autoguidance, arXiv 2406.02507: e_weak + w (e_c - e_weak), e_weak for the same class by a less trained model."""
-    (e_c,) = eps("class")
+    (w,), (e_c,) = scales, eps("class")
     (e_weak,) = eps("class", other=True)
     return e_c, e_weak + w * (e_c - e_weak)
 
 
-def domain(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
+def domain(eps: Callable, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Domain Guidance, arXiv 2504.01521: e_base + w (e_c - e_base), e_base for the null class by the base model."""
-    (e_c,) = eps("class")
+    (w,), (e_c,) = scales, eps("class")
     (e_base,) = eps("base null", other=True)
     return e_c, e_base + w * (e_c - e_base)
 
 
-def random_class(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
+def random_class(eps: Callable, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Control experiment: e_r + w (e_c - e_r), r another class, drawn for each image."""
-    e_c, e_r = eps("class", "another class")
+    (w,), (e_c, e_r) = scales, eps("class", "another class")
     return e_c, e_r + w * (e_c - e_r)
 
 
-def wrong_superclass(eps: Callable, w: float, _: float) -> tuple[torch.Tensor, torch.Tensor]:
+def wrong_superclass(eps: Callable, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Control experiment: e_q + w (e_c - e_q), q a superclass other than the class's own, drawn for each image."""
-    e_c, e_q = eps("class", "another superclass")
+    (w,), (e_c, e_q) = scales, eps("class", "another superclass")
     return e_c, e_q + w * (e_c - e_q)
 
 
 FORMULAS = {
-    "superclass": superclass,
-    "null": null,
-    "chain": chain,
+    "superclass": down_the_tree,
+    "null": down_the_tree,
+    "chain": down_the_tree,
     "autoguidance": autoguidance,
     "domain": domain,
     "random-class": random_class,
@@ -143,7 +165,6 @@ def other_superclasses(embedder: torch.nn.Module, labels: torch.Tensor, keys: Se
 
 ROWS = {
     "class": lambda embedder, labels, keys: labels,
-    "superclass": lambda embedder, labels, keys: embedder.superclass_rows(labels),
     "null": lambda embedder, labels, keys: embedder.null_rows(labels),
     "base null": lambda embedder, labels, keys: torch.zeros_like(labels),  # the other table has this row only
     "another class": other_classes,
@@ -156,7 +177,8 @@ ROWS = {
 def check_guidance(guidance: Guidance, embedder: torch.nn.Module) -> None:
     """Raise ValueError if the class table of `embedder`, a `TieredEmbedder`, lacks rows that the guidance needs."""
     kind, lack = guidance.kind, None
-    if kind in ("null", "chain") and not embedder.has_null:
+    needs_null = kind == "null" or kind == "chain" and guidance.step_scales(embedder.tiers)[0] != 1
+    if needs_null and not embedder.has_null:
         lack = "has no null row: train it with --null-prob"
     if kind == "wrong-superclass" and embedder.num_super_classes == 1:
         lack = "has a single superclass: choose another guidance"
@@ -166,6 +188,7 @@ def check_guidance(guidance: Guidance, embedder: torch.nn.Module) -> None:
         raise ValueError(f"--guidance is {kind}, but the model {lack}.")
     needs_weights = kind in ("autoguidance", "domain") and not guidance.idle
     assert guidance.other_weights or not needs_weights, f"{kind} needs other weights"
+    assert FORMULAS.get(kind) != down_the_tree or len(guidance.step_scales(embedder.tiers)) == embedder.tiers + 1
 
 
 @contextmanager
@@ -204,24 +227,22 @@ def guided(
     keys      a key per image, which decides the rows drawn by random-class and wrong-superclass; None for other kinds
 
     f makes one forward pass of N images if nothing is guided: at scale 1 or outside the interval. Otherwise all rows of
-    the formula are one forward pass of 2N or 3N images; rows of the other weights are one forward pass more.
+    the formula are one forward pass of 2N or more images; rows of the other weights are one forward pass more.
     """
     if guidance.idle:
         return lambda x, t: model(x, repeated(t, x), labels)
-    formula, (low, high) = FORMULAS[guidance.kind], guidance.interval
     count = model.in_channels if guidance.channels == "all" else guidance.channels
     pairs = [(model.get_parameter(name), tensor) for name, tensor in (guidance.other_weights or {}).items()]
-    rows = {}  # kind of row -> (N,), the same at every timestep
+    rows = {}  # kind of row, or a tier -> (N,), the same at every timestep
 
     def rows_of(kind):
         if kind not in rows:
-            rows[kind] = ROWS[kind](model.y_embedder, labels, keys).to(labels.device)
+            embedder = model.y_embedder
+            found = ROWS[kind](embedder, labels, keys) if kind in ROWS else embedder.tier_rows(labels, kind)
+            rows[kind] = found.to(labels.device)
         return rows[kind]
 
     def f(x, t):
-        if guidance.interval != ALL_TIMESTEPS and not low <= (t if isinstance(t, int) else t[0]) <= high:
-            return model(x, repeated(t, x), labels)
-
         def eps(*kinds, other=False):
             n = len(kinds)
             y = torch.cat([rows_of(kind) for kind in kinds])  # (n * N,)
@@ -230,7 +251,11 @@ def guided(
                 out = model(x_n, repeated(t, x_n), y)  # (n * N, 2C, h, w)
             return out.float().chunk(n)  # float32, since guidance would amplify half-precision rounding
 
-        e_c, pushed = formula(eps, guidance.scale, guidance.parent_scale)
+        time = (t if isinstance(t, int) else t[0].item()) if guidance.timed else 0
+        scales = guidance.step_scales(model.y_embedder.tiers, time)
+        if set(scales) == {1}:
+            return model(x, repeated(t, x), labels)
+        e_c, pushed = FORMULAS[guidance.kind](eps, scales)
         return torch.cat([pushed[:, :count], e_c[:, count:]], dim=1)
 
     return f

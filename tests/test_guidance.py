@@ -160,19 +160,20 @@ def test_a_chain_with_a_single_scale_of_1_is_guided(make, dit):
 def test_the_weights_of_a_formula_sum_to_1(kind, w, v, seed):
     """Every formula is a weighted sum of predictions: e_c has the weight w, and all weights sum to 1."""
     numbers = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rows = {"class": 0, "superclass": 1, "null": 2, "base null": 3}
+    rows = {"class": 0, 0: 1, "null": 2, "base null": 3}
+    scales = Guidance(kind, w, v).step_scales(1)
 
     def eps(*kinds, other=False):
         return [values[4 if other and name == "class" else rows[name]] for name in kinds]
 
     values = numbers
-    own, first = FORMULAS[kind](eps, w, v)
+    own, first = FORMULAS[kind](eps, scales)
     assert own.equal(numbers[0])
     values = numbers + torch.tensor([1.0, 0, 0, 0, 0]).view(5, 1)  # only e_c changes
-    second = FORMULAS[kind](eps, w, v)[1]
+    second = FORMULAS[kind](eps, scales)[1]
     assert_close(second - first, torch.full((3,), w, dtype=torch.float64), rtol=0, atol=1e-9)
     values = numbers + 7  # all change
-    assert_close(FORMULAS[kind](eps, w, v)[1] - first, torch.full((3,), 7.0).double(), rtol=0, atol=1e-9)
+    assert_close(FORMULAS[kind](eps, scales)[1] - first, torch.full((3,), 7.0).double(), rtol=0, atol=1e-9)
 
 
 SCALE = st.floats(0, 10)
@@ -183,16 +184,16 @@ SCALE = st.floats(0, 10)
 def test_a_chain_with_any_scales(w, v, seed):
     """Bit for bit superclass guidance at w_p = 1 and null guidance at w_p = w_c, otherwise the sum of its two steps."""
     numbers = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)).double()
-    e = dict(zip(("class", "superclass", "null"), numbers))
+    e = dict(zip(("class", 0, "null"), numbers))
 
     def eps(*kinds):
         return [e[kind] for kind in kinds]
 
     def pushed(kind, *scales):
-        return FORMULAS[kind](eps, *scales)[1]
+        return FORMULAS[kind](eps, Guidance(kind, *scales).step_scales(1))[1]
 
     assert pushed("chain", w, 1).equal(pushed("superclass", w, v)) and pushed("chain", w, w).equal(pushed("null", w, v))
-    steps = v * (e["superclass"] - e["null"]) + w * (e["class"] - e["superclass"])
+    steps = v * (e[0] - e["null"]) + w * (e["class"] - e[0])
     assert_close(pushed("chain", w, v) - e["null"], steps, rtol=0, atol=1e-12)
 
 
@@ -321,7 +322,8 @@ def test_null_guidance_needs_a_null_row(kind):
     for model in (tiny_dit(null_row=True), tiny_dit(num_super_classes=1, parents=None)):
         check_guidance(Guidance(kind, 2.0), model.y_embedder)
     with refusal(f"--guidance is {kind}, but the model has no null row: train it with --null-prob"):
-        check_guidance(Guidance(kind, 2.0), tiny_dit().y_embedder)
+        check_guidance(Guidance(kind, 2.0, 3.0), tiny_dit().y_embedder)
+    check_guidance(Guidance("chain", 2.0, 1.0), tiny_dit().y_embedder)  # superclass guidance
 
 
 def test_controls_need_a_second_row_to_draw():
