@@ -2,11 +2,12 @@
 # make lint         check the style
 # make quickstart   draw images, fine-tune, sample and evaluate: minutes on a CPU
 # make study        compare all methods on the quick start's data, with three seeds each: one to two hours
+# make usefulness   measure whether generated glyphs help a classifier, with five seeds: hours
 # make tune         tune methods on the quick start's data, each with the same number of trials: hours
 # make torture      run the reliability tests in full and write benchmarks/reliability.md
 # make gpu          run the tests of a GPU and measure it, in nine minutes, see docs/gpu.md
 # make gpu-quick    the same in three minutes, with the most important tests and cases
-# make clean        delete the results of quickstart, study and tune
+# make clean        delete the results of quickstart, study, tune and usefulness
 # All need only Python 3.11 with pip and install everything else into .venv.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae examples/glyphs/vae
 
-.PHONY: test torture lint gpu gpu-quick quickstart study tune clean
+.PHONY: test torture lint gpu gpu-quick quickstart study tune usefulness clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -84,5 +85,8 @@ tune: .venv/installed $(Q)/train
 study: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.study --data $(Q) --out study --train "$(TRAIN)"
 
+usefulness: .venv/installed $(Q)/train
+	$(PY) -m examples.glyphs.usefulness --data $(Q) --out usefulness --train "$(TRAIN)"
+
 clean:
-	rm -rf $(Q) study tuning
+	rm -rf $(Q) study tuning usefulness

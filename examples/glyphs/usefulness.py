@@ -4,10 +4,9 @@
 
 `make usefulness` runs it with the data and settings of the quick start. For every seed, the classes get 39 to 1 of their
 training images, in a random order of the classes. A generator is fine-tuned on these images alone, and sample_ddp.py fills
-every class to 39 images. The same small network is then trained from scratch, with the same number of steps, on four sets:
-the real images, the real images with those of small classes repeated, and real and generated images, with and without
-a filter. All are tried on faces that neither the generator, nor its base model, nor the classifiers have seen. The same
-command resumes. Writes usefulness.json and usefulness.md.
+every class to 39 images. The same small network is then trained from scratch, for the same number of steps, on the sets of
+ARMS, and tried on faces that neither the generator, nor its base model, nor a classifier has seen. The same command
+resumes. Writes usefulness.json and usefulness.md.
 """
 
 import json
@@ -37,8 +36,12 @@ CLASSIFIER = (
     "--num-workers 0 --save-every 100"
 )
 HELD_OUT_EACH = 24  # images of each class in faces that nobody has seen
-REAL, REPEATED, GENERATED, FILTERED = "real", "real, repeated", "real + generated", "real + generated, filtered"
-ARMS = REAL, REPEATED, GENERATED, FILTERED
+STRENGTH = 0.5  # of the variations of real images
+REAL, REPEATED = "real", "real, repeated"  # every image equally often, or every class
+GENERATED, FILTERED = "real + generated", "real + generated, filtered"
+VARIED = "real + varied real"  # variations of the real images fill the classes
+ONLY = "generated only"  # 39 of each class: the classification accuracy score
+ARMS = REAL, REPEATED, GENERATED, FILTERED, VARIED, ONLY
 BINS = (1, 1), (2, 4), (5, 12), (13, MOST)  # first and last number of real images of a class
 EXAMPLES = """
     make usefulness
@@ -78,24 +81,49 @@ def write_tail(data: Path, out: Path, seed: int):
 
 
 def generate(folder: Path, seed: int, train_flags: Sequence[str]):
-    """Fine-tune a generator on the images in folder/train and fill their classes in folder/fill."""
+    """Fine-tune a generator on the images in folder/train, and sample the images of all sets.
+
+    Those in `fill` and `varied` fill the classes to MOST images; `rest` are as many of each class as it has real ones.
+    """
     encode = ["--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip", "--num-workers", 0]
     run("-m", "tools.encode_latents", "--data-path", folder / "train", *encode, "--out", folder / "latents")
     place = ["--latents", folder / "latents", "--results-dir", folder, "--experiment", "generator"]
     run("train.py", *train_flags, *place, "--global-seed", seed, "--preview-images", 0)
-    adapter = max((folder / "generator/adapters").glob("*.safetensors"))
-    fill = ["--fill-to", MOST, "--data-path", folder / "train", "--sample-dir", folder, "--name", "fill"]
-    run("sample_ddp.py", "--ckpt", adapter, *fill, "--global-seed", seed, *shlex.split(SAMPLING))
+    hierarchy = Hierarchy.from_folder(folder / "train")
+    counts = json.dumps(dict(zip(hierarchy.classes, count_images(folder / "train", hierarchy).tolist())))
+    atomic_write(folder / "rest.json", lambda part: part.write_text(counts))
+    fill = "--fill-to", MOST, "--data-path", folder / "train"
+    flags = {
+        "fill": ["--global-seed", seed, *fill],
+        "varied": ["--global-seed", seed, *fill, "--init-images", folder / "train", "--strength", STRENGTH],
+        "rest": ["--global-seed", seed + 1000, "--counts", folder / "rest.json"],  # other noise than that of `fill`
+    }
+    for name, more in flags.items():
+        place = "--sample-dir", folder, "--name", name
+        run("sample_ddp.py", "--ckpt", newest_adapter(folder / "generator"), *place, *more, *shlex.split(SAMPLING))
+
+
+def newest_adapter(folder: Path) -> Path:
+    """Return the last adapter of a training."""
+    return max((folder / "adapters").glob("*.safetensors"))
+
+
+def count_images(folder: Path, hierarchy: Hierarchy) -> np.ndarray:
+    """Return the number of images of each class, int64 (num_classes,)."""
+    return np.bincount(list_files(folder, hierarchy).labels)
 
 
 def train_arms(folder: Path, seed: int, held_out: Path) -> dict[str, dict]:
     """Train the classifier on every set; return {arm: report of tools.train_classifier}."""
-    train, fill, kept = (str(folder / name) for name in ("train", "fill", "kept.json"))
+    names = "train", "fill", "kept.json", "varied", "rest"
+    train, fill, kept, varied, rest = (str(folder / name) for name in names)
     flags = {
         REAL: ["--real", train],
         REPEATED: ["--real", train, "--balance"],
         GENERATED: ["--real", train, "--generated", fill, "--balance"],
         FILTERED: ["--real", train, "--generated", kept, "--balance"],
+        VARIED: ["--real", train, "--generated", varied, "--balance"],
+        ONLY: ["--generated", fill, rest, "--hierarchy", train, "--balance"],
     }
     reports = {}
     for arm in ARMS:
@@ -118,7 +146,7 @@ def group_accuracies(report: dict, counts: dict[str, int]) -> dict[str, float]:
     accuracy = {name: 100 * row["top1"] for name, row in report["classes"].items()}
     groups = {"all classes": list(accuracy)}
     groups |= {bin_title(*ends): [name for name in accuracy if ends[0] <= counts[name] <= ends[1]] for ends in BINS}
-    return {title: statistics.mean(accuracy[name] for name in names) for title, names in groups.items()}
+    return {title: statistics.mean(accuracy[name] for name in names) for title, names in groups.items() if names}
 
 
 def bin_title(first: int, last: int) -> str:
@@ -183,8 +211,7 @@ def main():
             write_tail(args.data / "train", folder / "train", seed)
         generate(folder, seed, shlex.split(args.train))
         hierarchy = Hierarchy.from_folder(folder / "train")
-        numbers = np.bincount(list_files(folder / "train", hierarchy).labels)
-        counts = dict(zip(hierarchy.classes, numbers.tolist()))
+        counts = dict(zip(hierarchy.classes, count_images(folder / "train", hierarchy).tolist()))
         reports[seed] = train_arms(folder, seed, held_out)
         for arm, report in reports[seed].items():
             rows[arm].append(group_accuracies(report, counts))
