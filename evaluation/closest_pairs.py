@@ -2,7 +2,6 @@
 
 import csv
 import io
-import textwrap
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from hierarchy import Hierarchy
 
 SHOWN = {"fake": 24, "real": 8}  # closest images of each set
 CANDIDATES = 5  # nearest training images by the features, among which the nearest by LPIPS is sought
-ACROSS, CELL = 4, 0.85  # pairs side by side on the page, inches of an image
+ACROSS, CELL, LETTERS = 4, 0.85, 16  # pairs side by side on the page, inches of an image, letters below it
 SETS = {"fake": "generated", "real": "held out"}  # as the table calls them
 TITLES = {"generated": "Generated images", "held out": "Held-out real images, for comparison"}
 
@@ -159,13 +158,13 @@ def pairs_figure(pairs: list[tuple[Pair, list[np.ndarray]]]) -> Figure:
 
 
 def pair_caption(pair: Pair, columns: int) -> str:
-    """Return the text below a pair: class, distances, and pixels that differ."""
+    """Return the text below a pair: classes, distances, and the share of the pixels that differ."""
+    names = dict.fromkeys(name.replace("_", " ") for name in (pair.image_class, pair.nearest_class))
     values = f"distance {pair.distance:.3g}" + ("" if pair.lpips is None else f", LPIPS {pair.lpips:.3f}")
-    names = pair.image_class.replace("_", " ")
-    other = "" if pair.nearest_class == pair.image_class else f" / {pair.nearest_class.replace('_', ' ')}"
-    lines = [
-        textwrap.shorten(names + other, 26 * columns, placeholder="…"),
-        values,
-        f"{pair.changed_pixels:.1%} of the pixels differ",
-    ]
-    return "\n".join(filter(None, lines))
+    differ = f"{pair.changed_pixels:.2%} of the pixels differ"
+    return "\n".join(filter(None, [cut_middle(" / ".join(names), LETTERS * columns), values, differ]))
+
+
+def cut_middle(text: str, most: int) -> str:
+    """Return a text of at most `most` letters, with an ellipsis in its middle if it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"

@@ -90,7 +90,7 @@ def update(
     indices = torch.full(distances.shape, -1, device=i.device)
     distances[:, :k], indices[:, :k] = best[rows], index[rows]
     distances[place_of, column], indices[place_of, column] = exact, places[j]
-    order = distances.argsort(1, stable=True)[:, :k]
+    order = distances.argsort(dim=1, stable=True)[:, :k]
     best[rows], index[rows] = distances.gather(1, order), indices.gather(1, order)
 
 

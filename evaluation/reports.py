@@ -37,7 +37,7 @@ def columns(report: dict) -> list[tuple[str, Callable[[dict], object], str]]:
         ("superclass", lambda row: row.get("superclass_accuracy"), "{:.1%}"),
         ("real superclass", lambda row: row.get("superclass_accuracy_real"), "{:.1%}"),
         *(
-            (f"{name} at equal n", lambda row, name=name: row.get("at_equal_n", {}).get(name), "{:.3f}")
+            (name, lambda row, name=name: row.get("at_equal_n", {}).get(name), "{:.3f}")
             for name in ("recall", "density", "coverage")
         ),
     ]
@@ -100,6 +100,9 @@ def remarks(report: dict) -> list[str]:
         if overall.get(f"{key}_interval"):
             low, high = overall[f"{key}_interval"]
             metrics.append(f"{title} {overall[key]:.3f}, 95% interval over classes {low:.3f} to {high:.3f}.")
+    equal = [row["at_equal_n"]["n"] for row in report["superclasses"].values() if "at_equal_n" in row]
+    if equal:
+        metrics.append(f"Recall, density and coverage of the rows are of {equal[0]:,} random images in both sets.")
     metrics += rank_remarks(overall)
     if report.get("memorisation"):
         metrics.append(memorisation_remark(report["memorisation"]))

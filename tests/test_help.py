@@ -20,6 +20,7 @@ PROGRAMS = [
     "evaluate",
     "tools.browse.__main__",
     "tools.check_data",
+    "tools.class_embeddings",
     "tools.encode_latents",
     "tools.export",
     "tools.figures.__main__",
