@@ -6,7 +6,6 @@ This machine draws, and the page loads nothing from others. See docs/browse.md.
 """
 
 import argparse
-import resource
 import secrets
 import socket
 import webbrowser
@@ -29,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     add("--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser")
     add("--images", help="folder with real images of the classes, to show beside the pictures")
     add("--beside", help="another adapter of the same classes, to compare on the same noise")
-    add_options(parser, without=("--preset",))
+    add_options(parser, without=("--preset", "--guide", "--cfg-scales", "--cfg-intervals"))
     parser.set_defaults(**PRESETS["fast"])
     return parser.parse_args()
 
@@ -37,8 +36,7 @@ def parse_args() -> argparse.Namespace:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises ValueError if the address cannot be used."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), backlog=1024)
     except OSError as error:
         found = f"{host} port {port} cannot be used ({error.strerror})"
         raise ValueError(f"{found}, expected a free port of this machine: pass another --port.") from None
@@ -49,8 +47,6 @@ def main():
     check_options(args)
     check_range(args, port=(0, 65535))
     try:
-        import uvicorn
-
         from tools.browse import server, species, studio
     except ModuleNotFoundError as error:
         raise ValueError(f"No module {error.name}, which the page needs: pip install starlette uvicorn.") from None
@@ -58,19 +54,13 @@ def main():
     drawing = studio.Studio(args)
     images = species.real_folders(args.images, drawing.hierarchy) if args.images else {}
     token = secrets.token_urlsafe(16) if args.host else ""
-    app = server.build_app(drawing, images, token)
-
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every connection is an open file
-    host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host or "localhost"
-    host, port = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
+    host, port = listener.getsockname()[:2] if args.host else ("localhost", listener.getsockname()[1])
     address = f"http://{host}:{port}/{token and token + '/'}"
     print(f"{drawing.hierarchy.num_classes:,} species at {address} (Ctrl-C ends it)", flush=True)
     if args.open:
         webbrowser.open(address)
-    options = dict(http=server.PatientProtocol, ws="none", lifespan="off", server_header=False, proxy_headers=False)
     try:
-        uvicorn.Server(uvicorn.Config(app, **options, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+        server.server_of(server.build_app(drawing, images, token)).run([listener])
     except KeyboardInterrupt:
         print()
     finally:

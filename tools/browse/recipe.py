@@ -30,7 +30,7 @@ def default_settings(args: argparse.Namespace) -> dict[str, str]:
     low, high = args.guidance_interval
     parent_scale = 1.0 if args.cfg_scale_parent is None else args.cfg_scale_parent
     found = dict(position=0, seed=0, scale=args.cfg_scale, sampler=args.sampler, steps=args.num_sampling_steps)
-    found |= dict(guidance=args.guidance, parent_scale=parent_scale, low=low, high=high, adapter=0)
+    found |= dict(guidance=args.guidance, guide="superclass", parent_scale=parent_scale, low=low, high=high, adapter=0)
     return {name: str(value) for name, value in found.items()}
 
 
@@ -73,6 +73,7 @@ def sample_command(recipe: Recipe, args: argparse.Namespace, ckpt: str | None) -
     flags |= dict(classes=f"{recipe['class']:05d}", seed=recipe["seed"], cfg_scale=recipe["scale"])
     flags |= dict(guidance=recipe["guidance"], sampler=recipe["sampler"], num_sampling_steps=recipe["steps"])
     flags["cfg_scale_parent"] = recipe["parent_scale"] if recipe["guidance"] == "chain" else None
+    flags["guide"] = recipe["guide"] if recipe["guidance"] == "superclass" and recipe["guide"] != "superclass" else None
     flags["weak"] = args.weak if recipe["guidance"] == "autoguidance" else None
     words = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value not in USUAL]
     if recipe["position"]:

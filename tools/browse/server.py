@@ -6,9 +6,11 @@ import hmac
 import io
 import json
 import re
+import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -18,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tools.browse.recipe import NUMBERS
-from tools.browse.species import real_strip, tiers
+from tools.browse.species import known_ranks, real_strip
 from tools.browse.studio import Job, Studio
 
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?", re.IGNORECASE)
@@ -75,6 +77,14 @@ class PatientProtocol(H11Protocol):
             self.loop.call_later(SILENT_SECONDS, self.watch, self.cycle)
 
 
+def server_of(app: Guard) -> uvicorn.Server:
+    """Return a server whose connections may be as many as the files that a process may open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    options = dict(http=PatientProtocol, ws="none", lifespan="off", server_header=False, proxy_headers=False)
+    return uvicorn.Server(uvicorn.Config(app, **options, log_level="warning", timeout_graceful_shutdown=1))
+
+
 async def news_of(job: Job, studio: Studio) -> AsyncIterator[str]:
     """Yield the news of a job as lines of JSON; the last has the recipe and the command, or an error."""
     drawing = asyncio.create_task(studio.wait_for(job))
@@ -96,10 +106,12 @@ async def news_of(job: Job, studio: Studio) -> AsyncIterator[str]:
 
 def build_app(studio: Studio, images: dict[int, Path], token: str = "") -> Guard:
     """Return the app of the page. images: folder of the real images of each label, if there are any."""
-    about = dict(model=studio.hierarchy.name, names=studio.names, tiers=tiers(studio.hierarchy), real=bool(images))
+    about = dict(
+        model=studio.hierarchy.name, names=studio.names, tiers=known_ranks(studio.hierarchy), real=bool(images)
+    )
     about |= dict(defaults=studio.defaults, limits={name: limits for name, (_, *limits) in NUMBERS.items()})
     about |= dict(adapters=[Path(each.about.file).name for each in studio.adapters])
-    about |= {name: list(studio.choices[name]) for name in ("guidance", "sampler")}
+    about |= {name: list(studio.choices[name]) for name in ("guidance", "guide", "sampler")}
     packed = gzip.compress(json.dumps(about).encode())
 
     async def show_about(_: Request) -> Response:

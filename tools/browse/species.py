@@ -1,6 +1,5 @@
 """The species of a model as the page shows them: names, ranks and real images."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -8,7 +7,8 @@ from PIL import Image
 from dataset.images import read_crop
 from dataset.listing import match_classes
 from hierarchy import Hierarchy, names
-from hierarchy.layouts import INAT_RANKS, class_folders, is_image, is_inat, visible_entries
+from hierarchy.layouts import class_folders, is_image, is_inat, visible_entries
+from hierarchy.ranks import inat_ranks
 from sampling.grid import caption
 
 REAL_IMAGES, REAL_PIXELS = 6, 192  # images in a strip of real ones, pixels per side of each
@@ -20,24 +20,15 @@ def name_pairs(hierarchy: Hierarchy) -> list[tuple[str, str]]:
     return [(caption(full), common.get(full, "")) for full in names.full_names(hierarchy)]
 
 
-def tiers(hierarchy: Hierarchy) -> list[dict]:
-    """Return the ranks above the classes, coarse to fine: their name, their nodes, and the node of each class.
+def known_ranks(hierarchy: Hierarchy) -> list[dict]:
+    """Return the ranks above the classes, from coarse to fine: their name, their nodes, and the node of each class.
 
-    A hierarchy without further ranks gets those in iNaturalist's names, if its classes have such names.
+    A hierarchy with superclasses alone gets the ranks in iNaturalist's names, if its classes have such names.
     """
-    found, ranks, full = [], getattr(hierarchy, "ranks", ()), names.full_names(hierarchy)
-    if hierarchy.has_parents and not hierarchy.is_plain:
-        found.append(dict(name="superclass", nodes=hierarchy.superclasses, of=hierarchy.parents.tolist()))
-    if not ranks and is_inat(full):
-        parts = list(zip(*(name.split("_") for name in full)))
-        return found + [tier(INAT_RANKS[i], parts[i]) for i in range(3, 7)]  # class to genus
-    return found + [dict(name=rank.name, nodes=rank.nodes, of=rank.of_class.tolist()) for rank in ranks]
-
-
-def tier(name: str, nodes: Sequence[str]) -> dict:
-    """Return a rank from the node of each class."""
-    number = {node: i for i, node in enumerate(dict.fromkeys(nodes))}
-    return dict(name=name, nodes=list(number), of=[number[node] for node in nodes])
+    full = names.full_names(hierarchy)
+    more = inat_ranks(full) if is_inat(full) and not hierarchy.ranks else []
+    known = [rank for rank in (*hierarchy.tiers, *more) if rank.of_class is not None and len(rank.nodes) > 1]
+    return [dict(name=rank.name, nodes=rank.nodes, of=rank.of_class.tolist()) for rank in known]
 
 
 def real_folders(path: str, hierarchy: Hierarchy) -> dict[int, Path]:

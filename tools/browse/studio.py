@@ -15,7 +15,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from diffusion import create_diffusion
-from guidance import GUIDANCES, guided, hash_integer
+from guidance import GUIDANCES, check_guidance, guided, hash_integer
+from hierarchy.hierarchy import SUPERCLASS
 from runtime.device import best_device, check_gpu, explain_full_memory, half_dtype, resolve_precision, set_tf32
 from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.samplers import SAMPLERS, check_finite_images, draw_noise, noise_stream, run_sampler, to_uint8
@@ -42,10 +43,13 @@ class Adapter:
         self.half = half_dtype(resolve_precision(args.mixed_precision, device))
         unguided = argparse.Namespace(**flags | {"guidance": None})
         self.model, self.about, self.autoencoder = load_model(unguided, device, self.half)
+        self.tiers = {name if i else SUPERCLASS: i for i, name in enumerate(self.about.tiers or [SUPERCLASS])}
         for kind in GUIDANCES:
             try:
                 if not (kind in SWAPPING and self.about.lora_rank):  # low-rank updates are merged: none to exchange
-                    self.guidances[kind] = build_guidance(argparse.Namespace(**flags | {"guidance": kind}), self.model)
+                    self.guidances[kind] = build_guidance(
+                        argparse.Namespace(**flags | {"guidance": kind}), self.model, self.about
+                    )
             except ValueError:
                 continue  # the model lacks rows or weights for it
         speed_up(self.model, self.half, bool(args.compile), swaps=not self.guidances.keys().isdisjoint(SWAPPING))
@@ -57,12 +61,13 @@ class Adapter:
 
         report: f(x, t, prediction), called at each step; what it raises ends the drawing
 
-        Raises ValueError if the picture is not finite.
+        Raises ValueError if the model cannot be guided so, or the picture is not finite.
         """
         model, key = self.model, (recipe["seed"], recipe["noise"], recipe["position"])
         device, shape = model.pos_embed.device, (model.in_channels, model.input_size, model.input_size)
-        settings = dict(scale=recipe["scale"], parent_scale=recipe["parent_scale"])
+        settings = dict(scale=recipe["scale"], parent_scale=recipe["parent_scale"], tier=self.tiers[recipe["guide"]])
         guidance = replace(self.guidances[recipe["guidance"]], interval=(recipe["low"], recipe["high"]), **settings)
+        check_guidance(guidance, model.y_embedder)
         prediction = guided(model, torch.tensor([recipe["class"]], device=device), guidance, [key])
         streams = [noise_stream(*key)]
 
@@ -124,15 +129,16 @@ class Studio:
         check_gpu(best_device())
         set_tf32(args.tf32)
         self.args, self.adapters = args, [Adapter(args, path) for path in (args.ckpt, *filter(None, [args.beside]))]
-        self.hierarchy = self.adapters[0].about.hierarchy
-        if self.adapters[-1].about.hierarchy.classes != self.hierarchy.classes:
+        first, last, self.hierarchy = self.adapters[0], self.adapters[-1], self.adapters[0].about.hierarchy
+        if last.about.hierarchy.classes != self.hierarchy.classes:
             raise ValueError(f"--beside is {args.beside}, expected an adapter of the same classes as {args.ckpt}.")
         self.names, self.defaults = name_pairs(self.hierarchy), default_settings(args)
-        labels = {name: label for label, pair in enumerate(self.names) for name in pair}
+        labels = {name: label for label, pair in enumerate(self.names) for name in pair if name}
         labels |= {str(label): label for label in range(len(self.names))}
-        kinds = [kind for kind in GUIDANCES if all(kind in adapter.guidances for adapter in self.adapters)]
-        self.choices = {"class": labels, "noise": labels, "sampler": dict(zip(SAMPLERS, SAMPLERS))}
-        self.choices |= {"guidance": dict(zip(kinds, kinds)), "adapter": {str(i): i for i in range(len(self.adapters))}}
+        self.choices = {"class": labels, "noise": labels, "adapter": {str(i): i for i in range(len(self.adapters))}}
+        self.choices["sampler"] = {name: name for name in SAMPLERS}
+        self.choices["guidance"] = {name: name for name in first.guidances if name in last.guidances}
+        self.choices["guide"] = {name: name for name in first.tiers if name in last.tiers}
         self.read({"class": "0"})  # checks the defaults
         self.line, self.worker, self.finished = [], ThreadPoolExecutor(1), {}
 
