@@ -64,9 +64,9 @@ def why_not_comparable(network: Network) -> str | None:
     weights = network.record["weights"]
     if weights == "random":
         return f"the weights of {network.name} are random"
-    flag = {"inception": "inception", "lpips": "lpips-trunk"}.get(network.name)
-    if flag and not weights.startswith(published_digits(flag)):
-        return f"the weights of {network.name} have the SHA-256 {weights[:8]}…, the published ones {published_digits(flag)}…"
+    published = {"inception": "inception", "lpips": "lpips-trunk"}.get(network.name) or network.record.get("preset")
+    if published and not weights.startswith(digits := published_digits(published)):
+        return f"the weights of {network.name} have the SHA-256 {weights[:8]}…, the published ones {digits[:8]}…"
 
 
 # ---- Inception -----------------------------------------------------------------------------------

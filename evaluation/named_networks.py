@@ -20,10 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation.features import Network, make_network
-from evaluation.weights import fill_randomly, load_strictly, read_network_weights
+from evaluation.weights import fill_randomly, find_network_weights, load_strictly, read_network_weights
 from runtime.files import sha256
 from runtime.text import one_line
 
+# networks that need no name and no file: timm's model; weights.PUBLISHED has the file
+PRESETS = {"dinov2": "vit_large_patch14_dinov2.lvd142m@224"}  # as in dgm-eval (arXiv 2306.04675)
 INPUT_KEYS = ("mean", "std", "input_size", "interpolation")  # of "pretrained_cfg" in a config.json
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -137,12 +139,18 @@ def named_network(
     """Return the network of a --features or --classifier value.
 
     spec: "MODEL[@SIZE]=FILE", a timm model, pixels per side of its input, and its weights; "MODEL[@SIZE]" if `random`;
-          either after "NAME:", which names the network in the report; or the path of a TorchScript file
+          either after "NAME:", which names the network in the report; the path of a TorchScript file; or "PRESET" or
+          "PRESET=FILE", see PRESETS
     key: "features" or "logits"
     scaling: INPUT_KEYS of a timm model; if None, those of its config.json, or else timm's
 
     Raises ValueError if `spec` has none of these forms, or the file is absent or does not fit.
     """
+    preset, _, path = spec.partition("=")
+    if preset in PRESETS and not (random and not path):
+        spec = f"{preset}:{PRESETS[preset]}={find_network_weights(preset, path)}"
+    elif preset in PRESETS:
+        spec = f"{preset}:{PRESETS[preset]}"
     left, _, path = spec.rpartition("=")
     if not left and not (random and not Path(spec).exists()):
         network = make_network(Path(spec).stem, ScriptNetwork(spec, key), spec, device)
@@ -157,6 +165,7 @@ def named_network(
     tensors, config = (read_network_weights(path), read_config(path, model)) if path else (None, {})
     module = timm_network(model, int(size or 0), key, tensors, path, scaling or config.get("input"))
     options = {"config": sha256(config["file"])} if config else {}
+    options |= {"preset": preset} if preset in PRESETS else {}
     network = make_network(name or left, module, path, device, **options)
     return with_classes(network, path, config) if key == "logits" and path else network
 

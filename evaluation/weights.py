@@ -15,19 +15,24 @@ from checkpoint.torch_files import RETRY_HINT, check_file, check_finite, read_te
 from runtime.files import atomic_write, sha256
 from runtime.text import one_line
 
-PUBLISHED = {  # flag: address (its name ends in the first digits of the SHA-256), and other names of the same file
+PUBLISHED = {  # network: address (its name may end in the first digits of the SHA-256), and other names of the same file
     "inception": (URL_INCEPTION_V3, "pt_inception-2015-12-05-6726825d.pth"),
     "lpips-trunk": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",),
+    "dinov2": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",),
 }
+SHA256 = {  # of files whose names do not have it; Meta publishes none: many projects that use the file give this one
+    "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+FLAGS = {"dinov2": "--features dinov2=FILE"}  # that take another file, if not called as the network
 
 
-def published_digits(flag: str) -> str:
-    """Return the first 8 hex digits of the published file's SHA-256; `flag` is "inception" or "lpips-trunk"."""
-    return re.search(r"-([0-9a-f]{8})\.pth$", PUBLISHED[flag][0])[1]
+def published_digits(network: str) -> str:
+    """Return the SHA-256 (hex) of the published file of a key of PUBLISHED, or its first 8 digits."""
+    return SHA256.get(network) or re.search(r"-([0-9a-f]{8})\.pth$", PUBLISHED[network][0])[1]
 
 
-def find_network_weights(flag: str, given: str | None) -> Path:
-    """Return the path of the weights for --inception or --lpips-trunk.
+def find_network_weights(network: str, given: str | None) -> Path:
+    """Return the path of the weights of a network that PUBLISHED has.
 
     It is the `given` path, or else the published file in TORCH_HOME, which is downloaded if absent.
 
@@ -35,17 +40,17 @@ def find_network_weights(flag: str, given: str | None) -> Path:
     """
     if given:
         return Path(given)
-    url, *other_names = PUBLISHED[flag]
-    folder, expected = Path(torch.hub.get_dir()) / "checkpoints", published_digits(flag)
-    paths = [folder / name for name in (url.rsplit("/", 1)[1], *other_names)]
+    url, *other_names = PUBLISHED[network]
+    folder, expected = Path(torch.hub.get_dir()) / "checkpoints", published_digits(network)
+    paths, flag = [folder / name for name in (url.rsplit("/", 1)[1], *other_names)], FLAGS.get(network, f"--{network}")
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        path, advice = paths[0], f"fetch it elsewhere and pass it as --{flag}"
+        path, advice = paths[0], f"fetch it elsewhere and pass it as {flag}"
         atomic_write(path, lambda part: download_file(url, part, expected, advice))
     found = sha256(path)
     if not found.startswith(expected):
         raise ValueError(
-            f"{path} has the SHA-256 {found[:8]}…, expected {expected}…: delete it, or pass another file as --{flag}."
+            f"{path} has the SHA-256 {found[:8]}…, expected {expected[:8]}…: delete it, or pass another file as {flag}."
         )
     return path
 

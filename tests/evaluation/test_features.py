@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from pytorch_fid import fid_score
     from pytorch_fid import inception as pytorch_fid_inception
 
-from evaluation import features, networks
+from evaluation import features, networks, weights
 from evaluation.metrics import Gaussian, features_root, frechet_distance, gaussian_root
 from evaluation.named_networks import named_network
 from runtime.files import sha256
@@ -229,6 +229,31 @@ def test_class_names_beside_a_classifier(tmp_path):
         file.write_text(text)
         with refusal("test_resnet.classes.txt is no list of class names"):
             named_network(spec, "logits")
+
+
+def test_dinov2_is_found_in_torch_home_in_the_form_of_its_release(tmp_path, monkeypatch):
+    """The release has timm's names and a mask token; here it is small."""
+    create, sizes = timm.create_model, dict(embed_dim=16, depth=2, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **options | sizes))
+    torch.manual_seed(0)
+    net = timm.create_model("vit_large_patch14_dinov2.lvd142m", img_size=224).eval()
+    file = tmp_path / "hub/checkpoints/dinov2_vitl14_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(net.state_dict() | {"mask_token": torch.zeros(1, 16)}, file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with refusal("dinov2_vitl14_pretrain.pth has the SHA-256", "expected d5383ea8…", "--features dinov2=FILE"):
+        named_network("dinov2")
+    network = named_network(f"dinov2={file}")
+    assert network.name == "dinov2" and "published ones d5383ea8…" in features.why_not_comparable(network)
+    monkeypatch.setitem(weights.SHA256, "dinov2", sha256(file))
+    network = named_network("dinov2")
+    assert features.why_not_comparable(network) is None
+    x = images(2, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():  # the class token after the last norm
+        expected = net.forward_features((x / 255 - mean[:, None, None]) / std[:, None, None])[:, 0]
+    torch.testing.assert_close(network(x)["features"], expected)
+    assert named_network("dinov2", random=True).record == {"name": "dinov2", "weights": "random", "preset": "dinov2"}
 
 
 def test_weights_that_do_not_fit_a_timm_model_are_refused(tmp_path):
