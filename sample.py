@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from autoencoder import Autoencoder
+from checkpoint.description import ModelDescription
+from checkpoint.rows import find_row, nodes
 from guidance import ALL_TIMESTEPS, Guidance
-from hierarchy import Hierarchy, names
+from hierarchy import names
 from hierarchy.layouts import folder_names
 from models import DiT
 from runtime.cli import Parser, check_range, run_command
@@ -59,7 +61,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--classes",
         nargs="+",
-        help=f'indices or names, such as 207 or "Vulpes vulpes", or all; if not given, {DEFAULT_CLASSES} evenly spaced ones',
+        help=f'indices or names, such as 207 or "Vulpes vulpes", nodes of a rank that has rows, such as Canidae or '
+        f"family=Canidae, or all; if not given, {DEFAULT_CLASSES} evenly spaced classes",
     )
     add(
         "--list",
@@ -86,7 +89,7 @@ def check_settings(args: argparse.Namespace):
     check_range(args, per_class=(1, 10**9), batch_size=(1, 10**9), seed=(0, 2**63 - 1))
     expected = "ddpm", "superclass", *ALL_TIMESTEPS
     found = args.sampler, args.guidance, *args.guidance_interval
-    if args.seed_mode == "official" and found != expected:
+    if args.seed_mode == "official" and (found != expected or args.guide):
         raise ValueError(
             f"--seed-mode is official, expected --sampler ddpm, --guidance superclass and all timesteps, found "
             f"{' '.join(map(str, found))}: drop the other flags."
@@ -101,14 +104,15 @@ def check_settings(args: argparse.Namespace):
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def select_labels(classes: list[str] | None, hierarchy: Hierarchy) -> list[int]:
-    """Return the labels of --classes, each once. Raises ValueError if a query matches no class or several."""
+def select_labels(classes: list[str] | None, description: ModelDescription) -> list[int]:
+    """Return the rows of --classes, each once. Raises ValueError if a query matches no class or node, or several."""
+    hierarchy = description.hierarchy
     if classes is None:
         count = min(DEFAULT_CLASSES, hierarchy.num_classes)
         return np.linspace(0, hierarchy.num_classes - 1, count).round().astype(int).tolist()
     if classes == ["all"]:
         return list(range(hierarchy.num_classes))
-    return list(dict.fromkeys(hierarchy.find(query) for query in classes))
+    return list(dict.fromkeys(find_row(description, query) for query in classes))
 
 
 def list_classes(args: argparse.Namespace):
@@ -167,11 +171,11 @@ def sample(args: argparse.Namespace):
     precision = resolve_precision("no" if args.seed_mode == "official" else args.mixed_precision, device)
     half = half_dtype(precision)
     model, description, autoencoder = load_model(args, device, half)
-    guidance = build_guidance(args, model)
+    guidance = build_guidance(args, model, description)
 
     # Choose labels:
     hierarchy = description.hierarchy
-    labels = select_labels(args.classes, hierarchy)
+    labels = select_labels(args.classes, description)
     jobs = [(label, position) for label in labels for position in range(args.per_class)]
     batches = math.ceil(len(jobs) / images_per_pass(args))
     compiled = resolve_compile(args.compile, device, args.num_sampling_steps * batches)
@@ -184,8 +188,10 @@ def sample(args: argparse.Namespace):
     in_grid = {labels[i] for i in np.linspace(0, len(labels) - 1, classes).round().astype(int)}
 
     # Sample, and save each image:
-    folder, class_folders, images, captions = Path(args.sample_dir), folder_names(hierarchy.classes), [], []
-    class_names = names.full_names(hierarchy)
+    folder, images, captions = Path(args.sample_dir), [], []
+    node_names = [" ".join(node) for node in nodes(description)]
+    class_folders = folder_names([*hierarchy.classes, *node_names])
+    class_names = [*names.full_names(hierarchy), *node_names]
     folder.mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs), unit="image") as bar:
         for batch, pixels in sample_batches(args, model, guidance, autoencoder, jobs, half, compiled):

@@ -136,6 +136,7 @@ def collect_settings(
         "tf32": args.tf32,
         "compile": compiled,
         "global_seed": args.global_seed,
+        **{name: getattr(args, name) for name in ("guide", "cfg_scales", "cfg_intervals") if getattr(args, name)},
         **images.settings(args.labels),
         "format": args.format,
     }
@@ -192,7 +193,7 @@ def sample(args: argparse.Namespace):
     precision = agree(state, resolve_precision, args.mixed_precision, device)
     half = half_dtype(precision)
     model, description, autoencoder = agree_in_turns(state, load_model, args, device, half)
-    guidance = agree(state, build_guidance, args, model)
+    guidance = agree(state, build_guidance, args, model, description)
 
     # Choose the images:
     hierarchy = description.hierarchy

@@ -129,7 +129,7 @@ class TieredEmbedder(nn.Module):
 
 # ---- drops ---------------------------------------------------------------------------------------
 
-KEEP, DROP_TO_NULL = 0, 2  # drop ids
+DROP_TO_NULL = 2  # drop id of the null row; 0 keeps the label
 
 
 def drop_id(tier: int) -> int:
@@ -138,7 +138,7 @@ def drop_id(tier: int) -> int:
 
 
 def drop_ids(u: torch.Tensor, dropout_prob: float, null_prob: float = 0.0, tiers: int = 1) -> torch.Tensor:
-    """Return how each label is replaced, int64 (N,): `drop_id` of a tier, DROP_TO_NULL, or KEEP.
+    """Return how each label is replaced, int64 (N,): `drop_id` of a tier, DROP_TO_NULL, or 0 to keep it.
 
     u             (N,), uniform in [0, 1)
     dropout_prob  probability of an ancestor; all tiers have the same

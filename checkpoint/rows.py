@@ -4,6 +4,7 @@ import torch
 
 from checkpoint.description import ModelDescription
 from hierarchy import Hierarchy
+from hierarchy.search import plain
 
 Key = tuple[str, str]
 
@@ -21,6 +22,31 @@ def row_keys(description: ModelDescription) -> list[Key]:
     if description.embedder == "null" or description.null_row:
         keys.append(("null", ""))
     return keys
+
+
+def find_row(description: ModelDescription, query: str) -> int:
+    """Return the row of a class, see `Hierarchy.find`, or of a node above the classes, as NAME or RANK=NAME.
+
+    Raises ValueError if the query fits no row or several.
+    """
+    query = str(query).strip()
+    if query in description.hierarchy.classes or query.isdigit():
+        return description.hierarchy.find(query)
+    *ranks, name = query.split("=", 1)
+    found = {
+        rank: description.hierarchy.num_classes + k
+        for k, (rank, node) in enumerate(nodes(description))
+        if plain(node) == plain(name) and rank in (ranks or [rank])
+    }
+    if len(found) > 1:
+        raise ValueError(f"{query!r} is a {' and a '.join(found)}, expected one: write {next(iter(found))}={query}.")
+    return next(iter(found.values())) if found else description.hierarchy.find(query)
+
+
+def nodes(description: ModelDescription) -> list[tuple[str, str]]:
+    """Return (rank, name) of each row between those of the classes and the null row."""
+    tiers = description.hierarchy.tiers if description.tiered else ()
+    return [(tier.name, name) for tier in tiers for name in tier.nodes]
 
 
 def match_rows(now: ModelDescription, before: ModelDescription) -> list[int | None]:

@@ -103,7 +103,7 @@ class Hierarchy:
     @property
     def leaf(self) -> str:
         """The name of the rank of the classes."""
-        return "species" if is_inat(self.classes) else "class"
+        return "species" if is_inat(self.classes) or "class" in (tier.name for tier in self.tiers) else "class"
 
     @property
     def has_ancestors(self) -> bool:
@@ -117,7 +117,7 @@ class Hierarchy:
         if unknown:
             raise ValueError(
                 f"{self.name} has the number of nodes of rank {unknown[0]}, but not the node of each class: pass the image "
-                "folder or its annotation file as --hierarchy."
+                "folder or its annotation file instead."
             )
         return torch.stack([self.parents, *(rank.of_class for rank in self.ranks)])
 

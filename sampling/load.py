@@ -13,7 +13,8 @@ from checkpoint.loading import TABLE, build_model, load_adapted, load_full_weigh
 from finetune import kind_of, merge_lora, store_frozen
 from guidance import Guidance, check_guidance
 from hierarchy import Hierarchy
-from hierarchy.hierarchy import check_counts, numbered_names
+from hierarchy.checks import numbered_names
+from hierarchy.hierarchy import SUPERCLASS, check_counts
 from models import DiT
 from runtime.device import explain_full_memory
 
@@ -33,7 +34,7 @@ def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
     if num_super_classes == 1:
         return Hierarchy.plain(numbered_names(num_classes), f"a plain DiT with {num_classes} classes")
     if (num_classes, num_super_classes) == (PAPER_DEFAULTS["num_classes"], PAPER_DEFAULTS["num_super_classes"]):
-        return Hierarchy.load("inat2021")
+        return Hierarchy.load("inat2021").keep()
     raise ValueError(
         f"Found no hierarchy for {num_classes} classes and {num_super_classes} superclasses, expected one: pass --hierarchy, a "
         ".json file or an image folder."
@@ -57,7 +58,7 @@ def load_checkpoint_model(
     defaults = PAPER_DEFAULTS | ({} if args.ckpt else DIT_DEFAULTS)
     flags = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in defaults.items()}
     if args.hierarchy:
-        hierarchy = Hierarchy.load(args.hierarchy)
+        hierarchy = Hierarchy.load(args.hierarchy).keep()
         check_counts(hierarchy, args.num_classes, args.num_super_classes)
     else:
         hierarchy = infer_hierarchy(flags["num_classes"], flags["num_super_classes"])
@@ -131,9 +132,11 @@ def load_adapter_model(
 def match_hierarchy(given: Hierarchy, own: Hierarchy) -> Hierarchy:
     """Return `given`, the one of --hierarchy, if its classes are the adapter's `own`; it may add names to numbers.
 
-    Raises ValueError if the superclasses of the classes differ, or the names of the classes unless `own` has only numbers.
+    It keeps the ranks that `own` has. Raises ValueError if the nodes of the classes differ in a rank, or the names of the
+    classes unless `own` has only numbers.
     """
-    if not given.parents.equal(own.parents):
+    given = given.keep(*(tier.name for tier in own.tiers) if own.ranks else ())
+    if not given.ancestors.equal(own.ancestors):
         raise ValueError(
             f"--hierarchy is {given!r}, expected {own!r}, on which the adapter was trained: drop the flag."
         )
@@ -150,7 +153,7 @@ def match_hierarchy(given: Hierarchy, own: Hierarchy) -> Hierarchy:
 # ---- guidance ------------------------------------------------------------------------------------
 
 
-def build_guidance(args: argparse.Namespace, model: DiT) -> Guidance:
+def build_guidance(args: argparse.Namespace, model: DiT, description: ModelDescription) -> Guidance:
     """Return the guidance that the flags name, with the other weights it needs on the model's device.
 
     Raises ValueError if the model cannot be guided so.
@@ -165,9 +168,35 @@ def build_guidance(args: argparse.Namespace, model: DiT) -> Guidance:
         tuple(args.guidance_interval),
         "all" if args.cfg_channels == "all" else 3,
         {name: other[name].to(parameter.device, parameter.dtype) for name, parameter in parameters.items()},
+        **tree_settings(args, description),
     )
     check_guidance(guidance, model.y_embedder)
     return guidance
+
+
+def tree_settings(args: argparse.Namespace, description: ModelDescription) -> dict:
+    """Return the settings of a `Guidance` that name tiers. Raises ValueError if the model has no rows for one."""
+    tiers = description.tiers or [SUPERCLASS]
+    steps = [*tiers, description.hierarchy.leaf]  # of a chain, by where they end
+
+    def place(flag: str, rank: str, names: list[str]) -> int:
+        name = names[0] if rank == SUPERCLASS else rank
+        if name not in names:
+            raise ValueError(
+                f"--{flag} names rank {rank!r}, expected one that the model has rows for: {', '.join(names)}."
+            )
+        return names.index(name)
+
+    found = {"tier": place("guide", args.guide, tiers)} if args.guide else {}
+    for flag, key, other in (
+        ("cfg-scales", "scales", 1.0),
+        ("cfg-intervals", "intervals", tuple(args.guidance_interval)),
+    ):
+        given = getattr(args, flag.replace("-", "_"))
+        if given:
+            values = {place(flag, rank, steps): value for rank, value in given}
+            found[key] = tuple(values.get(step, other) for step in range(len(steps)))
+    return found
 
 
 def read_own_adapter(args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], ModelDescription]:

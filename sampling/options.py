@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from guidance import ALL_TIMESTEPS, GUIDANCES
@@ -57,6 +58,26 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
         help="with --guidance chain: scale between null class and superclass; if not given, 1",
     )
     add(
+        "--guide",
+        metavar="RANK",
+        help="with --guidance superclass: a finer rank of the model in place of the superclass",
+    )
+    add(
+        "--cfg-scales",
+        nargs="+",
+        type=rank_scale,
+        metavar="RANK=W",
+        help="with --guidance chain: scale of the step down to each rank, such as superclass=1.5 order=2 species=4, in place of "
+        "the two above; a rank that is not named has 1",
+    )
+    add(
+        "--cfg-intervals",
+        nargs="+",
+        type=rank_interval,
+        metavar="RANK=LO:HI",
+        help="with --guidance chain: first and last guided timestep of each step; others have --guidance-interval",
+    )
+    add(
         "--cfg-channels",
         choices=["3", "all"],
         default="3",
@@ -91,6 +112,25 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()):
         help="use TF32 in float32 matrix products, on GPUs from Ampere on",
     )
     add("--compile", action=argparse.BooleanOptionalAction, help=COMPILE_HELP)
+
+
+def rank_scale(text: str) -> tuple[str, float]:
+    """Read RANK=W, a finite scale of 0 or more."""
+    rank, _, value = text.partition("=")
+    try:
+        if rank and 0 <= float(value) < math.inf:
+            return rank, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no RANK=W with a finite scale W, 0 or more")
+
+
+def rank_interval(text: str) -> tuple[str, tuple[int, int]]:
+    """Read RANK=LO:HI, two timesteps."""
+    match = re.fullmatch(r"([^=]+)=(\d{1,3}):(\d{1,3})", text)
+    if match and int(match[2]) <= int(match[3]):
+        return match[1], (int(match[2]), int(match[3]))
+    raise argparse.ArgumentTypeError(f"{text!r} is no RANK=LO:HI with two timesteps of 0..999, the lower one first")
 
 
 def parse_with_preset(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -133,6 +173,9 @@ def check_options(args: argparse.Namespace):
     for flag, value, kind in (
         ("weak", args.weak, "autoguidance"),
         ("cfg-scale-parent", args.cfg_scale_parent, "chain"),
+        ("cfg-scales", args.cfg_scales, "chain"),
+        ("cfg-intervals", args.cfg_intervals, "chain"),
+        ("guide", args.guide, "superclass"),
     ):
         if value is not None and args.guidance != kind:
             raise ValueError(f"--{flag} belongs to --guidance {kind}, found {args.guidance}: drop one of the two.")

@@ -227,7 +227,7 @@ def asked(adapter, monkeypatch):
         args = sample.parse_args()
         sample.check_settings(args)
         model, description, _ = sample.load_model(args, "cpu")
-        return model, build_guidance(args, model), description
+        return model, build_guidance(args, model, description), description
 
     return asked
 

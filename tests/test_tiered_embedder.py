@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers.tiny_models import PARENTS, awake, tiny_dit
+from torch.testing import assert_close
 
-from tiered_embedder import TieredEmbedder
+from tiered_embedder import TieredEmbedder, drop_ids
 
 ROWS = torch.arange(7)  # of 5 classes and 2 superclasses
 SUPERCLASS_ROWS = torch.tensor([5, 6, 5, 6, 6, 5, 6])  # for each of ROWS
@@ -139,6 +140,62 @@ def test_null_rows_need_a_null_row():
     assert not module.has_null
     with pytest.raises(AssertionError, match="without a null row"):
         module.null_rows(ROWS)
+
+
+# ---- three tiers ---------------------------------------------------------------------------------
+
+# 5 classes; rows 5, 6: superclasses; 7, 8, 9: orders; 10: the null row
+TREE = [PARENTS, [0, 1, 0, 2, 2]]
+PATHS = {
+    0: [5, 7, 0],
+    1: [6, 8, 1],
+    2: [5, 7, 2],
+    3: [6, 9, 3],
+    4: [6, 9, 4],
+    5: [5],
+    6: [6],
+    7: [5, 7],
+    9: [6, 9],
+    10: [10],
+}
+
+
+def tree(dropout_prob=0.1, path=False):
+    torch.manual_seed(0)
+    return TieredEmbedder(5, 2, 8, dropout_prob, TREE, null_row=True, ranks=[3], path=path)
+
+
+def test_rows_of_further_ranks_follow_the_superclasses():
+    module, rows = tree(), torch.arange(11)
+    assert module.embedding_table.weight.shape == (11, 8) and module.parents.tolist() == PARENTS
+    assert module.superclass_rows(rows).tolist() == [5, 6, 5, 6, 6, 5, 6, 5, 6, 6, 10]
+    assert module.tier_rows(rows, 1).tolist() == [7, 8, 7, 9, 9, 5, 6, 7, 8, 9, 10]
+    assert module.null_rows(rows).tolist() == [10] * 11
+    force = torch.tensor([0, 1, 2, 3, 3])  # keep, superclass, null row, order
+    assert rows_of(module, module(torch.arange(5), True, force)).tolist() == [0, 6, 10, 9, 9]
+
+
+def test_dropped_labels_become_ancestors_of_all_tiers_equally():
+    module, labels = tree(0.5), torch.arange(5).repeat(4000)
+    torch.manual_seed(1)
+    found = rows_of(module, module(labels, train=True))
+    for tier in (0, 1):
+        share = (found == module.tier_rows(labels, tier)).double().mean()
+        assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(labels)) ** 0.5
+    assert ((found == labels).double().mean() - 0.5).abs() < 0.02
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    one, three = (drop_ids(u, 0.3, 0.1, tiers) for tiers in (1, 3))
+    assert torch.where(three > 2, 1, three).equal(one)  # the same labels are dropped, whatever the number of tiers
+    assert abs(three.bincount() / len(u) - torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1])).max() < 0.01
+
+
+def test_a_label_is_the_sum_of_the_rows_on_its_path():
+    module = tree(path=True)
+    table = module.embedding_table.weight
+    for row, path in PATHS.items():
+        assert_close(module(torch.tensor([row]), train=False)[0], table[path].sum(0))
+    dropped = module(torch.tensor([3, 3, 3]), True, torch.tensor([3, 1, 2]))  # a drop cuts the path
+    assert_close(dropped, torch.stack([table[[6, 9]].sum(0), table[6], table[10]]))
 
 
 # ---- without a superclass map, invalid arguments -------------------------------------------------

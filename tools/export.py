@@ -84,7 +84,7 @@ def fold_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def superclass_names(description: ModelDescription) -> tuple[str, ...]:
     """Return the names of the table's superclass rows; a plain DiT has one, the null class."""
-    return description.hierarchy.superclasses if description.embedder == "tiered" else ("null",)
+    return description.hierarchy.superclasses if description.tiered else ("null",)
 
 
 def null_row(table: TieredEmbedder, names: tuple[str, ...], query: str | None = None) -> int:
@@ -102,7 +102,7 @@ def null_row(table: TieredEmbedder, names: tuple[str, ...], query: str | None = 
             f"--superclass ({listed})."
         )
     if query is None:
-        return table.embedding_table.num_embeddings - 1
+        return table.null
     if query in names:
         return table.num_classes + names.index(query)
     if query.isdecimal() and int(query) < len(names):
@@ -124,7 +124,7 @@ def write_dit(path: Path, tensors: dict[str, torch.Tensor], rows: list[int]):
 
 
 def write_finediffusion(path: Path, tensors: dict[str, torch.Tensor], description: ModelDescription):
-    """Write a checkpoint of the official code, without a null row; `args` is a dict, so `torch.load` runs no code."""
+    """Write a checkpoint of the official code, without further ranks and a null row; `torch.load` runs no code of it."""
     classes, superclasses = description.hierarchy.num_classes, len(superclass_names(description))
     tensors = tensors | {TABLE: tensors[TABLE][: classes + superclasses].clone()}
     settings = {"model": description.model, "image_size": description.image_size}
@@ -190,6 +190,10 @@ def write_diffusers(
         "label2superclass": dict(enumerate(table.parents.tolist())),
         "id2superclass": dict(enumerate(superclass_names(description))),
     }
+    if description.tiered and hierarchy.ranks:
+        config["ranks"] = {rank.name: rank.names() for rank in hierarchy.ranks}
+    if table.path:
+        config["path"] = True
     parts = {
         "transformer": ["transformer_finediffusion", "FineDiffusionTransformer"],
         "scheduler": ["diffusers", "DDPMScheduler"],
@@ -219,7 +223,6 @@ def write_config(path: Path, class_name: str | list[str], config: dict):
 def model_card(description: ModelDescription, source: str) -> str:
     """Return the text of the model card, README.md; `source` is the name that its example loads."""
     hierarchy, names, base = description.hierarchy, superclass_names(description), description.base
-    tiered = description.embedder == "tiered"
     file = Path(base.path).name if base else "none, trained from random weights"
     of_dit = file in DIT_FILES
     terms = "The base weights are DiT's, under CC BY-NC 4.0: no commercial use."
@@ -230,8 +233,8 @@ def model_card(description: ModelDescription, source: str) -> str:
         model=description.model,
         size=description.image_size,
         classes=f"{hierarchy.num_classes:,}",
-        superclasses=f"{len(names)} superclasses" if tiered else "no superclass",
-        guide="the superclass of the class" if tiered else "the null class",
+        superclasses=f"{len(names)} superclasses" if description.tiered else "no superclass",
+        guide="the superclass of the class" if description.tiered else "the null class",
         method=description.method,
         steps=f"{description.step:,}",
         source=source,
@@ -310,6 +313,8 @@ def export(args: argparse.Namespace):
     else:
         model, description, autoencoder = load_model(args, "cpu")
     tensors = fold_gammas(model.state_dict() if args.format == "peft" else fold_lora(model.state_dict()))
+    if model.y_embedder.path and args.format in ("dit", "finediffusion"):  # their embedders look up a row
+        tensors[TABLE] = model.y_embedder(torch.arange(len(tensors[TABLE])), train=False)
     if args.format == "dit":
         row = null_row(model.y_embedder, superclass_names(description), args.superclass)
         write_dit(out, tensors, [*range(model.y_embedder.num_classes), row])

@@ -70,6 +70,8 @@ def test_the_rule_agrees_with_the_ranges_on_all_published_names():
     assert {row["supercategory"] for row in rows} == set(built_in.superclasses)
     assert [row["supercategory"] for row in rows] == [by_rule.superclasses[p] for p in by_rule.parents]
     assert by_rule.classes[by_rule.find("Vulpes vulpes")].endswith("_Canidae_Vulpes_vulpes")
+    assert [len(tier.nodes) for tier in by_rule.tiers] == [len(tier.nodes) for tier in built_in.tiers]
+    assert len({node.split(" (")[0] for node in by_rule.ranks[-1].nodes}) == 4900 - 16  # homonyms
 
 
 def test_the_rule_gives_every_superclass():

@@ -46,6 +46,9 @@ class FineDiffusionPipeline(DiffusionPipeline):
         parent_scale: float = 1.0,
         guidance_interval: tuple[int, int] = (0, 999),
         guidance_channels: int | str = 3,
+        guide: str | None = None,
+        scales: dict[str, float] | None = None,
+        intervals: dict[str, tuple[int, int]] | None = None,
         eta: float = 0.0,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -53,7 +56,7 @@ class FineDiffusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Sample one image per class label.
 
-        class_labels    one or a list of N: ids, names, or parts of a name that fit only one class
+        class_labels    one or a list of N: ids, names, or parts of a name that fit only one class; or names of nodes of a rank
         guidance_scale  w, 0 or more
         num_inference_steps     1..1000
         generator       one `torch.Generator`, or a list of N, one per image
@@ -62,6 +65,9 @@ class FineDiffusionPipeline(DiffusionPipeline):
         parent_scale    chain: scale of the superclass, 0 or more
         guidance_interval       first and last timestep with guidance, in 0..999
         guidance_channels       3 guides the first three channels, as in the official code; or "all"
+        guide           "superclass": a finer rank of the model in place of the superclass
+        scales          "chain": {rank: scale of the step down to it}, in place of the two scales; a rank that is left out has 1
+        intervals       "chain": {rank: first and last guided timestep}; others have guidance_interval
         eta             DDIM: 0..1
         latents         (N, C, h, w), the initial noise, standard normal
         output_type     "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in 0..1, or "latent"
@@ -73,7 +79,17 @@ class FineDiffusionPipeline(DiffusionPipeline):
         labels = [self.label_of(query) for query in (class_labels if many else [class_labels])]
         device, config = self._execution_device, self.transformer.config
         shape = (len(labels), config.in_channels, config.input_size, config.input_size)
-        guide = Guidance(guidance, guidance_scale, parent_scale, tuple(guidance_interval), guidance_channels)
+        interval = tuple(guidance_interval)
+        guide = Guidance(
+            guidance,
+            guidance_scale,
+            parent_scale,
+            interval,
+            guidance_channels,
+            tier=self.place(guide, "guide") if guide else 0,
+            scales=self.by_step(scales, 1.0, "scales"),
+            intervals=self.by_step(intervals, interval, "intervals"),
+        )
         check_guide(guide, self.transformer)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"Found {len(generator)} generators for {len(labels)} images, expected one or as many.")
@@ -114,18 +130,40 @@ class FineDiffusionPipeline(DiffusionPipeline):
             x = scheduler.step(out, t, x, **options).prev_sample
         return x
 
+    def place(self, rank: str, argument: str) -> int:
+        """Return the place of a rank among superclass, further ranks and classes. Raises ValueError if there is none."""
+        ranks = ["superclass", *(self.transformer.config.ranks or {})]
+        if rank in ("species", "class") and rank not in ranks and argument != "guide":
+            return len(ranks)
+        if rank not in ranks:
+            raise ValueError(f"{argument} names rank {rank!r}, expected one of {', '.join(ranks)}.")
+        return ranks.index(rank)
+
+    def by_step(self, values: dict | None, other: object, argument: str) -> tuple | None:
+        """Return {rank: value} as a tuple for the steps of a chain; None stays None. other: value of ranks left out."""
+        places = {self.place(rank, argument): value for rank, value in (values or {}).items()}
+        steps = range(len(self.transformer.config.ranks or {}) + 2)
+        return tuple(places.get(step, other) for step in steps) if places else None
+
     def label_of(self, query: int | str) -> int:
-        """Return the label for an id, a name, or a part of a name.
+        """Return the row of the class table for an id, a name, a part of a name, or the name of a node above the classes.
 
         Raises ValueError if no class fits, or several do.
         """
-        names = self.transformer.config.id2label
+        names, config = self.transformer.config.id2label, self.transformer.config
+        nodes = [
+            *config.id2superclass.values(),
+            *(n for each in (config.ranks or {}).values() for n in dict.fromkeys(each)),
+        ]
         if not isinstance(query, str):
             if not 0 <= int(query) < len(names):
                 raise ValueError(f"Class {query} is out of range, expected 0..{len(names) - 1}.")
             return int(query)
         wanted = plain(query)
         known = {label: plain(name) for label, name in names.items()}
+        rows = {plain(name): row for row, name in enumerate(nodes, start=len(names))}
+        if wanted in rows and wanted not in known.values():
+            return rows[wanted]
         for fits in (wanted.__eq__, lambda name: name.endswith(f" {wanted}"), lambda name: wanted in name):
             found = [label for label, name in known.items() if fits(name)]
             if len(found) == 1:
@@ -150,15 +188,18 @@ def check_guide(guide: Guidance, model: ModelMixin):
     """Raise ValueError if a setting is out of its range, or needs a null row that the model lacks."""
     if guide.kind not in KINDS:
         raise ValueError(f"guidance is {guide.kind!r}, expected one of {', '.join(KINDS)}.")
-    if guide.kind in ("null", "chain") and not model.y_embedder.has_null:
+    needs_null = guide.kind == "null" or guide.kind == "chain" and guide.step_scales(model.y_embedder.tiers)[0] != 1
+    if needs_null and not model.y_embedder.has_null:
         raise ValueError(f"guidance is {guide.kind!r}, which needs a null row, and the model has none.")
-    for name, scale in (("guidance_scale", guide.scale), ("parent_scale", guide.parent_scale)):
+    scales = [("guidance_scale", guide.scale), ("parent_scale", guide.parent_scale)]
+    for name, scale in scales + [("scales", scale) for scale in guide.scales or ()]:
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"{name} is {scale}, expected a finite number, 0 or more.")
-    if len(guide.interval) != 2 or not 0 <= guide.interval[0] <= guide.interval[1] <= 999:
-        raise ValueError(
-            f"guidance_interval is {guide.interval}, expected two timesteps in 0..999, the lower one first."
-        )
+    for name, interval in [("guidance_interval", guide.interval)] + [
+        ("intervals", each) for each in guide.intervals or ()
+    ]:
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 999:
+            raise ValueError(f"{name} is {interval}, expected two timesteps in 0..999, the lower one first.")
     if guide.channels not in (3, "all"):
         raise ValueError(f'guidance_channels is {guide.channels!r}, expected 3 or "all".')
 

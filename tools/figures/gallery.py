@@ -52,7 +52,7 @@ def load_source(args: argparse.Namespace, path: str | os.PathLike) -> Source:
     set_tf32(args.tf32)
     half = half_dtype(resolve_precision(args.mixed_precision, device))
     model, description, autoencoder = load_model(args, device, half)
-    guidance = build_guidance(args, model)
+    guidance = build_guidance(args, model, description)
     speed_up(model, half, bool(args.compile), swaps=args.guidance in SWAPPING)
     return Source(model, description, autoencoder, guidance, half)
 

@@ -36,8 +36,10 @@ METRICS = {  # key: title, format, which direction is better
 FEATURES = {"fd": ("FD {}", "lower"), "kid": ("KID {}", "lower"), "floor": ("floor {}", "lower")}  # of other networks
 # sampling settings that must agree between evaluations: with them, image k has the same class and noise in each
 SAME = ("hierarchy", "image_size", "labels", "global_seed", "num_fid_samples", "sampler", "num_sampling_steps")
+SAME += ("counts_sha256", "init_sha256", "strength")
 # settings of the guidance: methods may differ in them, and the legend says how
 GUIDANCE = ("guidance", "cfg_scale", "cfg_scale_parent", "cfg_channels", "guidance_interval")
+GUIDANCE += ("guide", "cfg_scales", "cfg_intervals")
 # keys that every metrics.json has
 REPORT_KEYS = (
     "overall",
@@ -91,6 +93,10 @@ class Score:
         parts = [f"{kind} guidance {settings.get('cfg_scale')}"]
         if settings.get("cfg_scale_parent") is not None:
             parts.append(f"{settings['cfg_scale_parent']} to the superclass")
+        if settings.get("guide"):
+            parts.append(f"by {settings['guide']}")
+        parts += [f"{rank} {scale:g}" for rank, scale in settings.get("cfg_scales") or ()]
+        parts += ["{}: timesteps {} to {}".format(rank, *ends) for rank, ends in settings.get("cfg_intervals") or ()]
         if settings.get("guidance_interval") not in (None, list(ALL_TIMESTEPS)):
             parts.append("timesteps {} to {}".format(*settings["guidance_interval"]))
         if settings.get("cfg_channels") not in (None, "3"):
