@@ -107,6 +107,11 @@ def test_a_stopped_training_resumes_exactly(model, train, colours, tmp_path, mon
     monkeypatch.setattr(training, "save", stop)
     assert train("stopped", *flags).code == 2 and not (tmp_path / "stopped.safetensors").exists()
     monkeypatch.setattr(training, "save", save)
+    state = tmp_path / "stopped.state.safetensors"
+    intact = state.read_bytes()
+    state.write_bytes(intact[:-40])
+    refused(train("stopped", *flags), "stopped.state.safetensors is damaged", "remove it")
+    state.write_bytes(intact)
     real = TrainingCrops.__getitem__
     monkeypatch.setattr(TrainingCrops, "__getitem__", lambda self, item: crops.append(item[0]) or real(self, item))
     result = train("stopped", *flags)

@@ -130,11 +130,17 @@ def state_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, step: int):
     """Load a state into the model and the optimizer. Raises ValueError if the file is damaged."""
-    tensors = read_network_weights(path)
-    net.load_state_dict({name: tensors[f"model.{name}"] for name in net.state_dict()})
+    try:
+        tensors = read_network_weights(path)
+        net.load_state_dict({name: tensors[f"model.{name}"] for name in net.state_dict()})
+        moments = {name: {kind: tensors[f"{kind}.{name}"] for kind in KINDS} for name, _ in net.named_parameters()}
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({one_line(error)}), expected the state of a training: remove it to train from the start."
+        ) from None
     for name, p in net.named_parameters():
-        moments = {kind: tensors[f"{kind}.{name}"].to(p.device) for kind in KINDS}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        own = {kind: tensor.to(p.device) for kind, tensor in moments[name].items()}
+        optimizer.state[p] = {"step": torch.tensor(float(step)), **own}
 
 
 # ---- training ------------------------------------------------------------------------------------
