@@ -122,7 +122,7 @@ def collect_settings(
         "image_size": description.image_size,
         "ckpt_sha256": sha256(description.file),
         "base_sha256": description.base and description.base.sha256,
-        "hierarchy": description.hierarchy.digest(),
+        "hierarchy": description.hierarchy.keep().digest(),
         "vae_sha256": weights.hexdigest(),
         "guidance": args.guidance,
         "weak_sha256": args.weak and sha256(args.weak),

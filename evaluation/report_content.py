@@ -135,7 +135,7 @@ def build_report(args: argparse.Namespace, opened: OpenedSets, compared: Compare
         **{name: describe_set(*each) for name, *each in zip(("real", "fake"), sets, both)},
         "floor": second and describe_set(opened.second.images, second),
         "memorisation": memorisation,
-        "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.digest()},
+        "hierarchy": hierarchy and {"name": hierarchy.name, "sha256": hierarchy.keep().digest()},
         "choices": list_choices(args, compared, networks, opened.size),
         "sampling": settings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

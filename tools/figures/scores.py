@@ -150,7 +150,7 @@ def describe_checkpoint(path: Path, report_path: str, report: dict) -> ModelDesc
             hierarchy = Hierarchy.load(spec)
         except ValueError:
             continue
-        if hierarchy.digest() == settings["hierarchy"]:
+        if hierarchy.keep().digest() == settings["hierarchy"]:
             size = settings["image_size"]
             return ModelDescription(
                 model=settings["model"],
