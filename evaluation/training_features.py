@@ -86,9 +86,12 @@ class TrainingFeatures:
             except (ValueError, AttributeError):
                 raise ValueError(f"{path} is damaged, expected JSON: remove {self.folder}.") from None
             for key in other[:1]:
+                found, expected = f"with {key} {show(found.get(key))}", show(self.record[key])
+                if key in ("images", "image_list"):
+                    found, expected = "of other images", f"those of {self.images.images.path}"
                 raise ValueError(
-                    f"{self.folder} has training features with {key} {show(found.get(key))}, expected {show(self.record[key])}: "
-                    "name another --train-cache, or remove that folder."
+                    f"{self.folder} has training features {found}, expected {expected}: name another --train-cache, or remove "
+                    "that folder."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(self.folder, "computing training features in", "--train-cache")
@@ -125,6 +128,8 @@ class TrainingFeatures:
 
     def compute_files(self, files: list[int], state: PartialState, batch_size: int, workers: int):
         """Compute these files."""
+        if not files:
+            return
         batches = [rows[i : i + batch_size] for rows in map(self.rows, files) for i in range(0, len(rows), batch_size)]
         loader = DataLoader(
             self.images, batch_sampler=batches, num_workers=workers, pin_memory=state.device.type == "cuda"
