@@ -74,7 +74,7 @@ def write_world(root: Path, monkeypatch):
     # iNaturalist, with 12 species:
     built_in = root / "built-in"
     shutil.copytree(hierarchy_module.BUILT_IN, built_in, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    record = json.loads((built_in / "inat2021.json").read_text()) | {"parents": INAT.parents.tolist()}
+    record = json.loads((built_in / "inat2021.json").read_text()) | {"parents": INAT.parents.tolist(), "ranks": {}}
     (built_in / "inat2021.json").write_text(json.dumps(record))
     monkeypatch.setattr(hierarchy_module, "BUILT_IN", built_in)
     monkeypatch.setenv("FINEDIFFUSION_CACHE", str(root / "names"))
