@@ -1,8 +1,11 @@
 # make test         run the test suite
 # make lint         check the style
 # make quickstart   draw images, fine-tune, sample and evaluate: minutes on a CPU
+# make demo         show the quick start's model in the browser, or its base model before that
 # make study        compare all methods on the quick start's data, with three seeds each: one to two hours
 # make usefulness   measure whether generated glyphs help a classifier, with five seeds: hours
+# make study-taxonomy   compare class tables in three tiers with few images per class: hours
+# make study-extension  compare ways to add classes to the quick start's adapter: an hour or two
 # make tune         tune methods on the quick start's data, each with the same number of trials: hours
 # make torture      run the reliability tests in full and write benchmarks/reliability.md
 # make gpu          run the tests of a GPU and measure it, in nine minutes, see docs/gpu.md
@@ -21,7 +24,7 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae examples/glyphs/vae
 
-.PHONY: test torture lint gpu gpu-quick quickstart study tune usefulness clean
+.PHONY: test torture lint gpu gpu-quick quickstart demo study study-taxonomy study-extension tune usefulness clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -78,6 +81,10 @@ quickstart: .venv/installed
 	@echo "Look at $(Q)/reading/grid.png: real above generated glyphs."
 	@echo "The figures are in $(Q)/reading/figures.json and $(Q)/evaluation/w*/metrics.md."
 
+TUNED := --ckpt $(ADAPTER) --images $(Q)/train
+demo: .venv/installed
+	$(PY) -m tools.browse $(if $(wildcard $(ADAPTER)),$(TUNED),--ckpt examples/glyphs/base.safetensors $(TINY))
+
 # if they are interrupted, the same command resumes
 tune: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.tune --data $(Q) --out tuning --train "$(TRAIN)"
@@ -88,5 +95,11 @@ study: .venv/installed $(Q)/train
 usefulness: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.usefulness --data $(Q) --out usefulness --train "$(TRAIN)"
 
+study-taxonomy: .venv/installed
+	$(PY) -m examples.glyphs.taxonomy_study --out taxonomy --train "$(TRAIN)"
+
+study-extension: .venv/installed $(Q)/train
+	$(PY) -m examples.glyphs.extension_study --data $(Q) --out extension --train "$(TRAIN)"
+
 clean:
-	rm -rf $(Q) study tuning usefulness
+	rm -rf $(Q) study tuning usefulness taxonomy extension

@@ -6,7 +6,8 @@ A class is a code point and a superclass a Unicode block; the images of a class 
 They are written as `block/code_NAME/*.png`, white on black, 64 x 64 pixels. The faces are the DejaVu and STIX fonts of
 matplotlib. Faces in HELD_OUT are never used in training; `--faces held-out` draws them. The base model was trained on
 `--set base`, and the quick start fine-tunes it on `--set new`. The two sets share no block, and no glyph of one looks
-like a glyph of the other. `--set more` has eight further classes of two blocks of the new set.
+like a glyph of the other. `--set more` has eight further classes of two blocks of the new set. `--set letters` has three
+tiers, `block/letter/code_NAME/*.png`: four variants with diacritics of each of twelve letters.
 """
 
 import json
@@ -80,7 +81,10 @@ BLOCKS = {
     },
 }
 MORE = {"Armenian": 4, "IPA Extensions": 4}  # further classes of blocks of "new", to extend an adapter with
-SETS = *BLOCKS, "more"
+# the set "letters": block: (first code point, last code point, letters), with VARIANTS of each letter
+LETTERS = {"Latin Extended Additional": (0x1E00, 0x1EFF, "aeouht"), "Greek Extended": (0x1F00, 0x1FFF, "αεηιυω")}
+VARIANTS = 4
+SETS = *BLOCKS, "more", "letters"
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def usable(code: int) -> bool:
 
 
 def choose_classes() -> dict[str, dict[str, list[int]]]:
-    """Return {"base": {block: [code points]}, "new": {...}, "more": {...}}; of glyphs that look alike one is kept."""
+    """Return {"base": {block: [code points]}, "new": {...}, ...}; of glyphs of a set that look alike one is kept."""
     portraits, chosen, more = [], {}, {}
     for which, blocks in BLOCKS.items():
         chosen[which] = {}
@@ -183,7 +187,28 @@ def choose_classes() -> dict[str, dict[str, list[int]]]:
             chosen[which][block] = spread(kept, most)
             if block in MORE:
                 more[block] = spread([code for code in kept if code not in chosen[which][block]], MORE[block])
-    return chosen | {"more": more}
+    return chosen | {"more": more, "letters": choose_letters()}
+
+
+def choose_letters() -> dict[str, list[int]]:
+    """Return {block: [code points]} of the set "letters"."""
+    chosen = {}
+    for block, (first, last, letters) in LETTERS.items():
+        portraits, kept = [], {letter: [] for letter in letters}
+        for code in progress_bar(filter(usable, range(first, last + 1)), desc=f"{block}: letters", unit="glyph"):
+            glyph = portrait(code)
+            if letter_of(code) in kept and (
+                not portraits or difference(glyph, np.stack(portraits)).min() >= LOOK_ALIKE
+            ):
+                portraits.append(glyph)
+                kept[letter_of(code)].append(code)
+        chosen[block] = [code for codes in kept.values() for code in spread(codes, VARIANTS)]
+    return chosen
+
+
+def letter_of(code: int) -> str:
+    """Return the letter of a code point without its diacritics."""
+    return unicodedata.normalize("NFD", chr(code))[0]
 
 
 def spread(codes: list[int], most: int) -> list[int]:
@@ -212,7 +237,8 @@ def write_images(out: str | os.PathLike, which: str, held_out: bool, per_class: 
     """
     jobs = [(block, code) for block, codes in read_classes(which).items() for code in codes]
     for block, code in progress_bar(jobs, desc=f"glyphs: {which}", unit="class"):
-        folder = Path(out, block.replace(" ", "_"), class_name(code))
+        letter = [letter_of(code)] if which == "letters" else []
+        folder = Path(out, block.replace(" ", "_"), *letter, class_name(code))
         folder.mkdir(parents=True, exist_ok=True)
         faces = [f for f in faces_by_code()[code] if (f in HELD_OUT) == held_out]
         rng = random.Random(f"{seed} {which} {held_out} {code}")

@@ -112,11 +112,13 @@ def train_all(
 # ---- sampling and reading ------------------------------------------------------------------------
 
 
-def sample(path: Path, autoencoder: Autoencoder, scale: float, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    path: Path, autoencoder: Autoencoder, guidance: Guidance, per_class: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample `per_class` images of every class of an adapter: uint8 (N, 3, H, W), and labels (N,)."""
     model, description = load_adapted(path)
     jobs = [(label, k) for label in range(description.hierarchy.num_classes) for k in range(per_class)]
-    images, guidance = [], Guidance("superclass", scale)
+    images = []
     for i in range(0, len(jobs), BATCH):
         labels = [label for label, _ in jobs[i : i + BATCH]]
         keys = [(0, *job) for job in jobs[i : i + BATCH]]
@@ -158,7 +160,7 @@ def sample_all(
         for scale in scales:
             key = f"{method} {seed} {scale} {path.name} {args.per_class}"
             if key not in known:
-                known[key] = measure(*sample(path, autoencoder, scale, args.per_class))
+                known[key] = measure(*sample(path, autoencoder, Guidance("superclass", scale), args.per_class))
                 atomic_write(kept, lambda part: part.write_text(json.dumps(known, indent=1) + "\n"))
             row = rows.setdefault(method, {}).setdefault(str(scale), {name: [] for name in known[key]})
             for name, value in known[key].items():
@@ -169,17 +171,18 @@ def sample_all(
 # ---- results -------------------------------------------------------------------------------------
 
 
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return "mean ± standard deviation", or the value alone."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def table(rows: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     """Return a Markdown table per metric, mean and standard deviation over the seeds; rows: see `sample_all`."""
-
-    def cell(values, digits):
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
     lines = []
     for metric, title, factor, digits in TABLES:
         cells = [
-            [method, *(cell([factor * value for value in scales[str(w)][metric]], digits) for w in SCALES)]
+            [method, *(mean_and_deviation([factor * v for v in scales[str(w)][metric]], digits) for w in SCALES)]
             for method, scales in rows.items()
         ]
         header = ["method", *(f"w = {w:g}" for w in SCALES)]

@@ -46,8 +46,8 @@ def test_variation_depends_on_the_random_generator_only():
 
 
 def test_the_sets_share_no_code_point_and_the_first_two_no_block():
-    assert tuple(CHOSEN) == draw.SETS == ("base", "new", "more")
-    codes = {which: sum(blocks.values(), []) for which, blocks in CHOSEN.items()}
+    assert tuple(CHOSEN) == draw.SETS == ("base", "new", "more", "letters")
+    codes = {which: sum(CHOSEN[which].values(), []) for which in draw.SETS[:3]}
     assert not CHOSEN["base"].keys() & CHOSEN["new"].keys()
     assert sum(map(len, codes.values())) == len(set(sum(codes.values(), []))) > 400
     assert {block: len(found) for block, found in CHOSEN["more"].items()} == draw.MORE
@@ -57,8 +57,12 @@ def test_the_sets_share_no_code_point_and_the_first_two_no_block():
         for block, found in blocks.items():
             first, last, most = draw.BLOCKS[which][block]
             assert found == sorted(found) and first <= found[0] and found[-1] <= last and len(found) <= most
+    for block, (first, last, letters) in draw.LETTERS.items():
+        found = CHOSEN["letters"][block]
+        assert "".join(map(draw.letter_of, found)) == "".join(letter * draw.VARIANTS for letter in letters)
+        assert all(first <= code <= last for code in found) and len(set(found)) == len(found)
     # every class has enough training faces and at least one held-out face
-    for code in sum(codes.values(), []):
+    for code in sum((found for blocks in CHOSEN.values() for found in blocks.values()), []):
         held_out = set(draw.faces_by_code()[code]) & set(draw.HELD_OUT)
         assert held_out and len(draw.faces_by_code()[code]) - len(held_out) >= draw.MIN_FACES - len(draw.HELD_OUT)
 
