@@ -8,11 +8,13 @@ import pytest
 from helpers.tiny_models import make, refusal
 
 import train
-from examples.glyphs import draw, read, study, tune
+from examples.glyphs import draw, extension_study, read, study, taxonomy_study, tune
 from hierarchy import Hierarchy
 from tools import encode_latents
 
 SIX = {"Basic Latin": [0x41, 0x42, 0x53], "Armenian": [0x531, 0x537, 0x556]}
+MORE = {"Armenian": [0x532, 0x54E]}
+RUN = "--experiment", "run", "--preview-images", 0
 TRAIN = (
     "--image-size 64 --vae examples/glyphs/vae --no-flip --num-workers 0 --model DiT-Ti/2 "
     "--resume examples/glyphs/base.safetensors "
@@ -83,27 +85,34 @@ def test_tuning_gives_each_method_the_same_number_of_trials_and_takes_the_best(c
         assert chosen[method] == list(tune.trials(method).values())[1]
 
 
-def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
+@pytest.fixture
+def here(command, tmp_path, monkeypatch):
+    """Run the commands of the studies in this process, one after the other, on tiny sets, with few steps."""
+
     def run(first, *flags):
-        """Run a command of the study in this process."""
         main, flags = (train.main, flags) if first == "train.py" else (encode_latents.main, flags[1:])
         assert first in ("train.py", "-m")
         result = command(main, *flags)
         assert result.code == 0, result.err
 
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
+    for module in (study, taxonomy_study, extension_study):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(read, "STEPS", 5)
     monkeypatch.setattr(draw, "CLASSES_FILE", tmp_path / "glyphs.json")
-    (tmp_path / "glyphs.json").write_text(json.dumps({"base": SIX, "new": SIX}))
+    letters = {"Latin Extended Additional": [0x1E01, 0x1EA5, 0x1E15], "Greek Extended": [0x1F00, 0x1F80]}
+    (tmp_path / "glyphs.json").write_text(json.dumps({"new": SIX, "more": MORE, "letters": letters}))
+
+
+def test_a_study_from_end_to_end(command, here, tmp_path, monkeypatch):
     for faces, per_class in (("train", 4), ("held-out", 12)):
         draw.write_images(tmp_path / "data" / faces, "new", faces == "held-out", per_class, seed=0)
     for name, value in {
         "SCALES": (1.0, 2.0),
-        "STEPS": 2,
         "METHODS": {study.SHUFFLED: [], "bitfit": ["--method", "bitfit"]},
     }.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(read, "STEPS", 5)
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--train", TRAIN, "--seeds", 0, "--per-class", 2]
     result = command(study.main, *flags)
     assert result.code == 0, result.err
@@ -128,3 +137,42 @@ def test_a_study_from_end_to_end(command, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "sample", None)
     before = (tmp_path / "out/study.md").read_text()
     assert command(study.main, *flags).code == 0 and (tmp_path / "out/study.md").read_text() == before
+
+
+def test_the_study_of_three_tiers(command, here, tmp_path, monkeypatch):
+    methods = ("null row", "blocks and letters, path, random")
+    monkeypatch.setattr(taxonomy_study, "METHODS", {name: taxonomy_study.METHODS[name] for name in methods})
+    monkeypatch.setattr(taxonomy_study, "SCALES", (1.0, 2.0))
+    monkeypatch.setattr(taxonomy_study, "BATCH", 5)
+    flags = "--out", tmp_path / "out", "--train", TRAIN, "--images", 1, "--seeds", 3, "--max-steps", 2, "--per-class", 1
+    result = command(taxonomy_study.main, *flags)
+    assert result.code == 0, result.err
+    for guide in ("null row, guided by null", *(f"{methods[1]}, guided by {tier}" for tier in ("block", "letter"))):
+        assert result.out.count(f"| {guide} |") == 2  # two metrics
+    description = study.load_adapted(max((tmp_path / "out/runs").glob("*random-1-3/adapters/*")))[1]
+    true = Hierarchy.load(tmp_path / "out/data/1-3")
+    assert description.embedder == "path" and description.hierarchy == taxonomy_study.shuffle(true, 3)
+    assert [len(tier.nodes) for tier in true.tiers] == [2, 3]
+    monkeypatch.setattr(study, "sample", None)
+    assert command(taxonomy_study.main, *flags).out == result.out  # nothing is trained or sampled twice
+
+
+def test_the_study_of_classes_added_later(command, here, tmp_path, monkeypatch):
+    for faces, per_class in (("train", 2), ("held-out", 12)):
+        draw.write_images(tmp_path / "data" / faces, "new", faces == "held-out", per_class, seed=0)
+    study.run(
+        "train.py", *TRAIN.split(), "--data-path", tmp_path / "data/train", "--results-dir", tmp_path / "data", *RUN
+    )
+    monkeypatch.setattr(extension_study, "EXTEND", [*extension_study.EXTEND, "--global-batch-size", 2])
+    flags = "--data", tmp_path / "data", "--out", tmp_path / "out", "--train", TRAIN, "--images", 1, "--seeds", 0
+    result = command(extension_study.main, *flags, "--steps", 2, "--per-class", 2)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out/extension.json").read_text())
+    assert found["before"].keys() == {"old", "old distance"} and len(found) == 4
+    # the old classes after training the new rows alone are those before
+    assert found["rows|1|0"]["old distance"] == pytest.approx(
+        found["before"]["old distance"], rel=1e-5
+    )  # up to rounding
+    assert found["all|1|0"]["old distance"] != pytest.approx(found["before"]["old distance"], rel=1e-3)
+    assert all("new distance" in found[f"{way}|1|0"] for way in extension_study.WAYS)
+    assert result.out.count("| from the start |") == 1
