@@ -59,28 +59,19 @@ def closest_pairs(
     pixels: of the sets "real" and "fake"
     device: of the LPIPS network
     """
-    chosen = {"real": np.flatnonzero(found.held_out()), "fake": np.arange(len(found.distances["fake"]))}
-    for name, rows in chosen.items():
-        chosen[name] = rows[np.argsort(found.distances[name][rows], kind="stable")][: SHOWN[name]]
-    distances, indices = nearest(found.queries(chosen), found.training.blocks(), CANDIDATES)
-    place, pairs = 0, {}
-    for name, rows in chosen.items():
-        pairs[name] = []
-        for row in rows:
-            of_row = indices[place][indices[place] >= 0]
+    pairs = []
+    for name, rows in (("fake", np.arange(len(found.distances["fake"]))), ("real", np.flatnonzero(found.held_out()))):
+        rows = rows[np.argsort(found.distances[name][rows], kind="stable")][: SHOWN[name]]
+        distances, indices = nearest(found.queries(name, rows), found.training.blocks(), CANDIDATES)
+        for row, distance, candidates in zip(rows, distances[:, 0], indices):
             image = int(found.sets[name].result.rows[row])  # its index in the set, unreadable images included
-            label = found.sets[name].plan.labels[row]
-            pairs[name].append(
-                make_pair(
-                    found, pixels[name], name, image, label, of_row, distances[place, 0], hierarchy, lpips, device
-                )
-            )
-            place += 1
-    return pairs["fake"] + pairs["real"]
+            chosen = name, image, found.sets[name].plan.labels[row], candidates[candidates >= 0], distance
+            pairs.append(make_pair(found.training.images, pixels[name], *chosen, hierarchy, lpips, device))
+    return pairs
 
 
 def make_pair(
-    found: Memorisation,
+    training: Pixels,
     pixels: Pixels,
     name: str,
     image: int,
@@ -92,7 +83,6 @@ def make_pair(
     device: torch.device,
 ) -> tuple[Pair, list[np.ndarray]]:
     """Return a pair and its images; candidates: the nearest training images, nearest first."""
-    training = found.training.images
     images = torch.stack([pixels[image][0], *(training[i][0] for i in candidates)])  # (1 + candidates, 3, H, W)
     best, values = None, None
     if lpips:

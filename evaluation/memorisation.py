@@ -41,7 +41,7 @@ def nearest(
     best = torch.full((len(queries), k), torch.inf, dtype=FLOAT, device=queries.device)  # squared
     index = torch.full((len(queries), k), -1, device=queries.device)
     centre = queries.mean(0)
-    norms = (queries - centre).square().sum(1)
+    norms = torch.cat([(part - centre).square().sum(1) for part in queries.split(QUERIES)])
     for first, block in blocks:
         kept = (~torch.isnan(block).any(1)).nonzero()[:, 0].to(queries.device)
         block = block.to(queries.device)[kept]
@@ -152,23 +152,18 @@ class Memorisation:
                 f"All images of REAL are in {training.images.images.path} too, expected images held out from training: name "
                 "others as REAL."
             )
-        queries, sizes = self.queries(), [len(each.digests) for each in self.sets.values()]
-        blocks = progress_bar(
-            training.blocks(), total=training.count(), unit="file", desc="nearest training images", leave=False
-        )
-        found = zip(*(np.split(x[:, 0], sizes[:1]) for x in nearest(queries, blocks)))
-        self.distances, self.nearest = map(
-            dict, zip(*([(name, x) for x in both] for name, both in zip(self.sets, found)))
-        )
+        self.distances, self.nearest = {}, {}
+        for name in self.sets:  # one after the other: the features of one are on the device
+            title = f"nearest training images of {'REAL' if name == 'real' else 'FAKE'}"
+            blocks = progress_bar(training.blocks(), total=training.count(), unit="file", desc=title, leave=False)
+            distances, index = nearest(self.queries(name), blocks)
+            self.distances[name], self.nearest[name] = distances[:, 0], index[:, 0]
 
-    def queries(self, rows: dict[str, np.ndarray] | None = None) -> torch.Tensor:
-        """Return the features of the real and then the generated images, float32; rows: indices of each set, else all."""
-        name, parts = self.training.network.name, []
-        for key, each in self.sets.items():
-            features = each.result.features[name]
-            assert len(features) == len(each.digests), "the features of all images are needed"
-            parts.append(features if rows is None else features[rows[key]])
-        return torch.cat(parts).to(self.sets["fake"].device)
+    def queries(self, name: str, rows: np.ndarray | None = None) -> torch.Tensor:
+        """Return the features of a set's images, float32 (n, d); rows: indices of images, all if None."""
+        features = self.sets[name].result.features[self.training.network.name]
+        assert len(features) == len(self.sets[name].digests), "the features of all images are needed"
+        return (features if rows is None else features[torch.from_numpy(rows)]).to(self.sets[name].device)
 
     def held_out(self) -> np.ndarray:
         """Return which real images are not among the training images, bool (n,)."""

@@ -88,8 +88,8 @@ def add_network_flags(add: Callable):
         nargs="+",
         metavar="[NAME:]MODEL[@SIZE]=FILE",
         help="more networks to compare features by: a timm model with its weights, called NAME in the report, or a TorchScript "
-        "FILE that takes uint8 images (it is a program, so only name one that you trust); dinov2 or dinov2=FILE is DINOv2 ViT-L/14 "
-        "(from TORCH_HOME or downloaded); if not given, none",
+        "FILE that takes uint8 images (it is a program, so only name one that you trust); dinov2, or dinov2=FILE, is DINOv2's "
+        "ViT-L/14 (from TORCH_HOME or downloaded); if not given, none",
     )
     add(
         "--classifier",

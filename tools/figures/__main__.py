@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.cli import Parser, check_range, run_command
 from runtime.files import nearest_existing
 from sampling.options import add_options, check_options
-from tools.figures import figures, plots
+from tools.figures import figures, plots, worst_classes
 
 ADAPTER = "results/inat/adapters/0200000.safetensors"
 RUNS = "--runs Full=results/full FineDiffusion=results/inat --metrics eval/*/metrics.json"
@@ -29,6 +29,7 @@ EXAMPLES = {  # kind: command lines without "python -m tools.figures"
     "tsne": (f"tsne --ckpt {ADAPTER}", "tsne --ckpt finediffusion.pt --hierarchy inat2021 --neighbours 20"),
     "tradeoff": (f"tradeoff {RUNS}", f"tradeoff {RUNS} --metric kid"),
     "convergence": (f"convergence {RUNS}", f"convergence {RUNS} --metric lpips"),
+    "worst": ("worst --evaluation evaluation/inat", "worst --evaluation evaluation/inat --count 20 --by lpips"),
     "tables": (f"tables {RUNS}", "tables --out paper"),
 }
 DRAW = {
@@ -38,6 +39,7 @@ DRAW = {
     "tsne": figures.tsne,
     "tradeoff": figures.tradeoff,
     "convergence": figures.convergence,
+    "worst": worst_classes.worst,
     "tables": figures.tables,
 }
 SAMPLING_KINDS = ("grid", "compare", "text-to-image")
@@ -113,6 +115,20 @@ def parse_args() -> argparse.Namespace:
     add("--perplexity", type=float, default=30.0, help="perplexity of t-SNE")
     add("--seed", type=int, default=0, help="seed of t-SNE")
 
+    add = parsers["worst"].add_argument_group("worst").add_argument
+    add("--evaluation", required=True, metavar="DIR", help="folder of evaluate.py --output, with its classes.csv")
+    add(
+        "--by",
+        choices=list(worst_classes.WORST),
+        default="top1",
+        help="lowest accuracy, or LPIPS furthest from the real one",
+    )
+    add("--count", type=int, default=50, help="number of classes")
+    add("--per-class", type=int, default=3, help="images of each class from either set, the first ones")
+    for name in ("real", "fake"):
+        add(f"--{name}", help=f"{name.upper()} of the evaluation (default: the path in its metrics.json)")
+    add("--hierarchy", help="hierarchy of the evaluation (default: that of the images)")
+
     for kind in ("tradeoff", "convergence", "tables"):
         add_run_options(parsers[kind], required=kind != "tables")
     for kind in ("tradeoff", "convergence"):
@@ -140,6 +156,8 @@ def check_settings(args: argparse.Namespace):
     if args.kind == "tables" and (args.runs is None) != (args.metrics is None):
         missing = "--runs" if args.runs is None else "--metrics"
         raise ValueError(f"{missing} is missing, expected both --runs and --metrics, or neither for the paper alone.")
+    if args.kind == "worst":
+        check_range(args, count=(1, 1000), per_class=(1, 10))
     if args.kind == "tsne":
         check_range(args, neighbours=(1, 10**6), seed=(0, 2**32 - 1), perplexity=(1, 10**6))
 
