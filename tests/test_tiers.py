@@ -10,6 +10,7 @@ from helpers.commands import call
 from helpers.tiny_files import write_images
 from helpers.tiny_runs import TINY
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import sample
 import train
@@ -19,6 +20,7 @@ from checkpoint.rows import nodes
 from guidance import guided
 from sampling.load import build_guidance, load_model
 from tools import export, merge, taxonomy
+from tools.figures.class_rows import read_class_table
 
 CLASSES = {"a/b/c/d/e/f": ("x", "y"), "a/b/c/d/e/g": ("z",), "k/l/m/n/o/p": ("u", "v")}
 FURTHER = {"a/b/c/d/e/g": ("w",), "k/l/m/n/o/q": ("s",)}
@@ -91,6 +93,14 @@ def test_all_ranks_have_rows(deep, root):
     assert result.out.endswith(
         "a  (3 classes, 12 images)\n  b  (3 classes, 12 images)\nk  (2 classes, 8 images)\n  l  (2 classes, 8 images)\n"
     )
+
+
+def test_figures_show_the_sum_of_a_path(deep):
+    rows, superclasses, hierarchy = read_class_table(deep)
+    embedder = load_adapted(deep)[0].y_embedder
+    with torch.no_grad():
+        assert_close(rows, embedder(torch.arange(5), False))
+        assert superclasses.equal(embedder(torch.tensor([5, 6]), False)) and len(hierarchy.ranks) == 5
 
 
 def test_samples_are_guided_by_each_rank(deep, monkeypatch):

@@ -13,6 +13,7 @@ from checkpoint.format import read_weights
 from checkpoint.loading import TABLE
 from hierarchy import Hierarchy
 from sampling.load import match_hierarchy
+from tiered_embedder import ancestor_rows
 
 
 def read_class_table(
@@ -26,18 +27,22 @@ def read_class_table(
     """
     tensors, description = read_weights(find_weights(path))
     own, hierarchy = description and description.hierarchy, Hierarchy.load(spec) if spec else None
-    hierarchy = match_hierarchy(hierarchy, own) if hierarchy and own else hierarchy or own
+    hierarchy = match_hierarchy(hierarchy, own) if hierarchy and own else own or hierarchy and hierarchy.keep()
     if hierarchy is None:
         raise ValueError(
             f"{path} does not contain the superclasses of its classes: pass --hierarchy, such as inat2021."
         )
     rows = tensors.get(TABLE)
     n, s = hierarchy.num_classes, hierarchy.num_super_classes
-    if rows is None or len(rows) - n not in (1, s, s + 1):  # a null row, superclass rows, or both
+    nodes = s + sum(len(rank.nodes) for rank in hierarchy.ranks)
+    if rows is None or len(rows) - n not in (1, nodes, nodes + 1):  # a null row, rows of nodes, or both
         found = "no class table" if rows is None else f"a class table of {len(rows)} rows"
         raise ValueError(
             f"{path} has {found}, expected one for {hierarchy!r}: pass an adapter, or the --hierarchy it was trained with."
         )
+    if own and description.embedder == "path":  # of a class: the sum of the rows on its path
+        rows, path = rows.float(), ancestor_rows(own.ancestors, n, [len(tier.nodes) for tier in own.tiers], len(rows))
+        rows[:n] += rows[path[:, :n]].sum(0)
     return rows[:n].float(), rows[n : n + s].float() if len(rows) >= n + s else None, hierarchy
 
 
