@@ -54,14 +54,13 @@ def write_many(folder, base, count=10_000):
 def browser(*flags, token=""):
     """Serve the page of `python -m tools.browse *flags` on a free port, with or without a token -> port, studio, token."""
     from tools.browse import __main__ as command
-    from tools.browse import server, species, studio
+    from tools.browse import server, studio
 
     with patch.object(sys, "argv", ["browse", *map(str, flags)]):
         args = command.parse_args()
     studio = studio.Studio(args)
-    images = species.real_folders(args.images, studio.hierarchy) if args.images else {}
     listener = command.listen("127.0.0.1", 0)
-    running = server.server_of(server.build_app(studio, images, token))
+    running = server.build_server(studio, token)
     thread = threading.Thread(target=running.run, args=([listener],))
     thread.start()
     try:
@@ -107,11 +106,19 @@ class Stream:
 
 
 class Steps:
-    """Lets a model make one forward pass at a time."""
+    """Lets the model of a studio make only the forward passes that are allowed, inside a `with` block."""
 
-    def __init__(self, model):
+    def __init__(self, studio):
         self.allowed, self.made = threading.Semaphore(0), 0
-        self.handle = model.register_forward_pre_hook(self.wait)
+        self.model = studio.adapters[0].model
+
+    def __enter__(self):
+        self.handle = self.model.register_forward_pre_hook(self.wait)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+        self.allow(1000)  # to those that wait
 
     def wait(self, *_):
         assert self.allowed.acquire(timeout=60)

@@ -79,19 +79,19 @@ def test_a_link_has_the_pixels_of_the_command_in_its_picture(kind, rich, command
 
 def test_a_picture_is_kept_by_its_settings(page):
     first = get(page.port, f"/image.png?class=3&{SHORT}")
-    assert first.headers["cache-control"] == "private, no-cache"
-    steps = Steps(page.studio.adapters[0].model)  # no step is allowed: nothing is drawn
-    same = "/image.png?scale=2.0&steps=3&class=pug&seed=0&noise=3&position=00"
-    again = get(page.port, same)
-    assert (again.headers["etag"], again.body) == (first.headers["etag"], first.body)
-    known = get(page.port, same, if_none_match=first.headers["etag"])
-    assert (known.status, known.body, steps.made) == (304, b"", 0)
-    steps.allow(100)
-    others = [
-        get(page.port, f"/image.png?class=3&{SHORT}&{more}") for more in ("seed=1", "low=5", "noise=2", "position=1")
-    ]
-    assert len({answer.headers["etag"] for answer in (first, *others)}) == 5
-    steps.handle.remove()
+    assert first.headers["cache-control"] == "no-cache"
+    with Steps(page.studio) as steps:  # no step is allowed: nothing is drawn
+        same = "/image.png?scale=2.0&steps=3&class=pug&seed=0&noise=3&position=00"
+        again = get(page.port, same)
+        assert (again.headers["etag"], again.body) == (first.headers["etag"], first.body)
+        known = get(page.port, same, if_none_match=first.headers["etag"])
+        assert (known.status, known.body, steps.made) == (304, b"", 0)
+        steps.allow(100)
+        others = [
+            get(page.port, f"/image.png?class=3&{SHORT}&{more}")
+            for more in ("seed=1", "low=5", "noise=2", "position=1")
+        ]
+        assert len({answer.headers["etag"] for answer in (first, *others)}) == 5
     assert (
         "Command" in picture(first.body)[1] and picture(others[2].body)[1]["Command"] == ""
     )  # sample.py has no such noise
@@ -172,60 +172,56 @@ def test_a_stream_tells_the_steps_and_the_recipe(page):
 
 
 def test_a_second_client_sees_its_place_and_one_that_leaves_stops_within_a_step(page):
-    steps = Steps(page.studio.adapters[0].model)
-    first = Stream(page.port, "/draw?class=0&steps=50&seed=11")
-    steps.allow(2)
-    first.until(step=2)
-    second = Stream(page.port, "/draw?class=1&steps=1&seed=12")
-    second.until(place=1)
-    third = Stream(page.port, "/draw?class=1&steps=1&seed=13")
-    third.until(place=2)
-    second.leave()
-    third.until(place=1)
-    first.leave()
-    third.until(place=0)
-    steps.allow(1)  # the one that the first client's picture was waiting for
-    steps.allow(1)
-    assert third.last()["recipe"]["seed"] == 13 and steps.made == 4
-    steps.handle.remove()
+    with Steps(page.studio) as steps:
+        first = Stream(page.port, "/draw?class=0&steps=50&seed=11")
+        steps.allow(2)
+        first.until(step=2)
+        second = Stream(page.port, "/draw?class=1&steps=1&seed=12")
+        second.until(place=1)
+        third = Stream(page.port, "/draw?class=1&steps=1&seed=13")
+        third.until(place=2)
+        second.leave()
+        third.until(place=1)
+        first.leave()
+        third.until(place=0)
+        steps.allow(1)  # the one that the first client's picture was waiting for
+        steps.allow(1)
+        assert third.last()["recipe"]["seed"] == 13 and steps.made == 4
     assert not page.studio.line
 
 
 def test_a_client_of_a_link_that_leaves_stops_it_too(page):
-    steps = Steps(page.studio.adapters[0].model)
-    link = Stream.__new__(Stream)
-    link.connection = socket.create_connection(("127.0.0.1", page.port))
-    link.connection.sendall(b"GET /image.png?class=0&steps=50&seed=21 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    wait_for(lambda: page.studio.line)
-    link.connection.close()
-    wait_for(lambda: not page.studio.line)
-    steps.allow(1)
-    other = Stream(page.port, "/draw?class=1&steps=1&seed=22")
-    steps.allow(1)
-    assert "recipe" in other.last() and steps.made == 2
-    steps.handle.remove()
+    with Steps(page.studio) as steps:
+        link = Stream.__new__(Stream)
+        link.connection = socket.create_connection(("127.0.0.1", page.port))
+        link.connection.sendall(b"GET /image.png?class=0&steps=50&seed=21 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(lambda: page.studio.line)
+        link.connection.close()
+        wait_for(lambda: not page.studio.line)
+        steps.allow(1)
+        other = Stream(page.port, "/draw?class=1&steps=1&seed=22")
+        steps.allow(1)
+        assert "recipe" in other.last() and steps.made == 2
 
 
 def test_a_full_line_is_told(page, monkeypatch):
     monkeypatch.setattr(studio, "MOST_JOBS", 2)
-    steps = Steps(page.studio.adapters[0].model)
-    waiting = [Stream(page.port, f"/draw?class=0&steps=1&seed={seed}") for seed in (31, 32)]
-    wait_for(lambda: len(page.studio.line) == 2)
-    assert Stream(page.port, "/draw?class=0&steps=1&seed=33").last()["error"].startswith("2 pictures wait already")
-    answer = get(page.port, "/image.png?class=0&steps=1&seed=33")
-    assert (answer.status, answer.body) == (503, b"2 pictures wait already: try again in a while.\n")
-    steps.allow(2)
-    assert all("recipe" in client.last() for client in waiting)
-    steps.handle.remove()
+    with Steps(page.studio) as steps:
+        waiting = [Stream(page.port, f"/draw?class=0&steps=1&seed={seed}") for seed in (31, 32)]
+        wait_for(lambda: len(page.studio.line) == 2)
+        assert Stream(page.port, "/draw?class=0&steps=1&seed=33").last()["error"].startswith("2 pictures wait already")
+        answer = get(page.port, "/image.png?class=0&steps=1&seed=33")
+        assert (answer.status, answer.body) == (503, b"2 pictures wait already: try again in a while.\n")
+        steps.allow(2)
+        assert all("recipe" in client.last() for client in waiting)
 
 
 def test_the_same_picture_is_drawn_once_for_two_clients(page):
-    steps = Steps(page.studio.adapters[0].model)
-    clients = [Stream(page.port, "/draw?class=0&steps=2&seed=41") for _ in range(2)]
-    wait_for(lambda: len(page.studio.line) == 2)
-    steps.allow(2)
-    assert all("recipe" in client.last() for client in clients) and steps.made == 2
-    steps.handle.remove()
+    with Steps(page.studio) as steps:
+        clients = [Stream(page.port, "/draw?class=0&steps=2&seed=41") for _ in range(2)]
+        wait_for(lambda: len(page.studio.line) == 2)
+        steps.allow(2)
+        assert all("recipe" in client.last() for client in clients) and steps.made == 2
 
 
 # ---- the page and its guard ----------------------------------------------------------------------
@@ -235,7 +231,7 @@ def test_the_page_is_served_with_security_headers(page):
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
         answer = get(page.port, path)
         assert answer.status == 200 and answer.headers["content-type"].startswith(kind)
-        assert all(answer.headers[name] == value for name, value in server.SECURITY.items())
+        assert all(answer.headers[name] == value for name, value in server.HEADERS.items())
         assert b"http://" not in answer.body and b"https://" not in answer.body and b"style=" not in answer.body
     assert "script" not in answer.headers["content-security-policy"].replace("default-src 'self'", "")
     html = (ROOT / "tools/browse/page/index.html").read_text()
@@ -352,8 +348,7 @@ def test_bad_flags_are_one_sentence(adapter, base, images, command, tmp_path):
 
 
 def test_missing_packages_are_one_sentence(adapter, command, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("tools.browse.server")]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "tools.browse.server")
     monkeypatch.delattr("tools.browse.server")
     monkeypatch.setitem(sys.modules, "starlette", None)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)

@@ -47,24 +47,24 @@ def main():
     check_options(args)
     check_range(args, port=(0, 65535))
     try:
-        from tools.browse import server, species, studio
+        from tools.browse.server import build_server
+        from tools.browse.studio import Studio
     except ModuleNotFoundError as error:
         raise ValueError(f"No module {error.name}, which the page needs: pip install starlette uvicorn.") from None
     listener = listen(args.host or "127.0.0.1", args.port)
-    drawing = studio.Studio(args)
-    images = species.real_folders(args.images, drawing.hierarchy) if args.images else {}
-    token = secrets.token_urlsafe(16) if args.host else ""
-    host, port = listener.getsockname()[:2] if args.host else ("localhost", listener.getsockname()[1])
+    studio, token = Studio(args), secrets.token_urlsafe(16) if args.host else ""
+    server = build_server(studio, token)
+    host, port = args.host or "localhost", listener.getsockname()[1]
     address = f"http://{host}:{port}/{token and token + '/'}"
-    print(f"{drawing.hierarchy.num_classes:,} species at {address} (Ctrl-C ends it)", flush=True)
+    print(f"{studio.hierarchy.num_classes:,} species at {address} (Ctrl-C ends it)", flush=True)
     if args.open:
         webbrowser.open(address)
     try:
-        server.server_of(server.build_app(drawing, images, token)).run([listener])
+        server.run([listener])
     except KeyboardInterrupt:
         print()
     finally:
-        drawing.close()
+        studio.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -25,12 +25,13 @@ from tools.browse.studio import Job, Studio
 
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?", re.IGNORECASE)
 SILENT_SECONDS = 20  # after which a connection without a request is closed
-POLICY = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-SECURITY = {
-    "Content-Security-Policy": POLICY + "frame-ancestors 'none'",
+HEADERS = {  # of each answer
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # kept, but asked for again: the model may change
 }
 
 
@@ -44,13 +45,7 @@ class Guard:
         self.app, self.token = app, token
 
     async def __call__(self, scope, receive, send):
-        async def send_secured(message):
-            if message["type"] == "http.response.start":
-                MutableHeaders(raw=message["headers"]).update(SECURITY)
-            await send(message)
-
-        first, slash, rest = scope["path"][1:].partition("/")
-        answer, headers = self.app, Headers(scope=scope)
+        answer, headers, (first, slash, rest) = self.app, Headers(scope=scope), scope["path"][1:].partition("/")
         if self.token and not hmac.compare_digest(first.encode(), self.token.encode()):
             answer = PlainTextResponse("The address lacks its token.\n", 403)
         elif self.token:
@@ -60,7 +55,7 @@ class Guard:
             answer = PlainTextResponse("This page is for this machine alone.\n", 403)
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             answer = PlainTextResponse("Other sites may link here, but not draw here.\n", 403)
-        await answer(scope, receive, send_secured)
+        await answer(scope, receive, send)
 
 
 class PatientProtocol(H11Protocol):
@@ -77,16 +72,8 @@ class PatientProtocol(H11Protocol):
             self.loop.call_later(SILENT_SECONDS, self.watch, self.cycle)
 
 
-def server_of(app: Guard) -> uvicorn.Server:
-    """Return a server whose connections may be as many as the files that a process may open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    options = dict(http=PatientProtocol, ws="none", lifespan="off", server_header=False, proxy_headers=False)
-    return uvicorn.Server(uvicorn.Config(app, **options, log_level="warning", timeout_graceful_shutdown=1))
-
-
 async def news_of(job: Job, studio: Studio) -> AsyncIterator[str]:
-    """Yield the news of a job as lines of JSON; the last has the recipe and the command, or an error."""
+    """Yield the news of a job as lines of JSON; the last line has the recipe and the command, or an error."""
     drawing = asyncio.create_task(studio.wait_for(job))
     drawing.add_done_callback(lambda _: job.changed.set())
     try:
@@ -104,13 +91,11 @@ async def news_of(job: Job, studio: Studio) -> AsyncIterator[str]:
     yield json.dumps(last) + "\n"
 
 
-def build_app(studio: Studio, images: dict[int, Path], token: str = "") -> Guard:
-    """Return the app of the page. images: folder of the real images of each label, if there are any."""
-    about = dict(
-        model=studio.hierarchy.name, names=studio.names, tiers=known_ranks(studio.hierarchy), real=bool(images)
-    )
+def build_server(studio: Studio, token: str = "") -> uvicorn.Server:
+    """Return the server of the page, with as many connections as this process may open files."""
+    about = dict(model=studio.hierarchy.name, names=studio.names, tiers=known_ranks(studio.hierarchy))
     about |= dict(defaults=studio.defaults, limits={name: limits for name, (_, *limits) in NUMBERS.items()})
-    about |= dict(adapters=[Path(each.about.file).name for each in studio.adapters])
+    about |= dict(real=bool(studio.images), adapters=[Path(each.about.file).name for each in studio.adapters])
     about |= {name: list(studio.choices[name]) for name in ("guidance", "guide", "sampler")}
     packed = gzip.compress(json.dumps(about).encode())
 
@@ -119,7 +104,7 @@ def build_app(studio: Studio, images: dict[int, Path], token: str = "") -> Guard
 
     async def show_picture(request: Request) -> Response:
         recipe = studio.read(dict(request.query_params))
-        headers = {"ETag": studio.tag(recipe), "Cache-Control": "private, no-cache"}  # ask again: the model may change
+        headers = {"ETag": studio.tag(recipe)}
         if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         drawing = asyncio.create_task(studio.wait_for(Job(recipe)))
@@ -136,16 +121,18 @@ def build_app(studio: Studio, images: dict[int, Path], token: str = "") -> Guard
 
     def show_real(request: Request) -> Response:
         label, file = studio.read(dict(request.query_params))["class"], io.BytesIO()
-        if label not in images:
+        if label not in studio.images:
             return PlainTextResponse("There are no real images.\n", 404)
-        real_strip(images[label]).save(file, "JPEG", quality=90)
+        real_strip(studio.images[label]).save(file, "JPEG", quality=90)
         return Response(file.getvalue(), media_type="image/jpeg")
 
-    routes = [Route("/about.json", show_about), Route("/image.png", show_picture), Route("/draw", stream_news)]
-    routes += [
-        Route("/real.jpg", show_real),
-        Mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True)),
-    ]
+    routes = {"/about.json": show_about, "/image.png": show_picture, "/draw": stream_news, "/real.jpg": show_real}
+    page = Mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True))
     codes = {ValueError: 400, asyncio.QueueFull: 503}
     errors = {kind: lambda _, error, code=code: PlainTextResponse(f"{error}\n", code) for kind, code in codes.items()}
-    return Guard(Starlette(routes=routes, exception_handlers=errors), token)
+    app = Starlette(routes=[*map(Route, routes, routes.values()), page], exception_handlers=errors)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    options = dict(http=PatientProtocol, ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
+    options |= dict(headers=list(HEADERS.items()), server_header=False, proxy_headers=False)
+    return uvicorn.Server(uvicorn.Config(Guard(app, token), **options))

@@ -22,7 +22,7 @@ from sampling.load import SWAPPING, build_guidance, load_model
 from sampling.samplers import SAMPLERS, check_finite_images, draw_noise, noise_stream, run_sampler, to_uint8
 from sampling.speed import speed_up
 from tools.browse.recipe import Recipe, default_settings, read_recipe, sample_command
-from tools.browse.species import name_pairs
+from tools.browse.species import name_pairs, real_folders
 
 MOST_JOBS = 32  # in the line, with the one that is being drawn
 MOST_BYTES = 1 << 26  # of finished pictures
@@ -39,17 +39,15 @@ class Adapter:
     """A model on its device, with the kinds of guidance that it allows. Raises ValueError if it cannot be read."""
 
     def __init__(self, args: argparse.Namespace, ckpt: str | None):
-        device, flags, self.ckpt, self.guidances = best_device(), vars(args) | {"ckpt": ckpt}, ckpt, {}
-        self.half = half_dtype(resolve_precision(args.mixed_precision, device))
-        unguided = argparse.Namespace(**flags | {"guidance": None})
-        self.model, self.about, self.autoencoder = load_model(unguided, device, self.half)
+        device, flags = best_device(), vars(args) | {"ckpt": ckpt, "guidance": None}
+        self.half, self.ckpt, self.guidances = half_dtype(resolve_precision(args.mixed_precision, device)), ckpt, {}
+        self.model, self.about, self.autoencoder = load_model(argparse.Namespace(**flags), device, self.half)
         self.tiers = {name if i else SUPERCLASS: i for i, name in enumerate(self.about.tiers or [SUPERCLASS])}
         for kind in GUIDANCES:
             try:
                 if not (kind in SWAPPING and self.about.lora_rank):  # low-rank updates are merged: none to exchange
-                    self.guidances[kind] = build_guidance(
-                        argparse.Namespace(**flags | {"guidance": kind}), self.model, self.about
-                    )
+                    guided_args = argparse.Namespace(**flags | {"guidance": kind})
+                    self.guidances[kind] = build_guidance(guided_args, self.model, self.about)
             except ValueError:
                 continue  # the model lacks rows or weights for it
         speed_up(self.model, self.half, bool(args.compile), swaps=not self.guidances.keys().isdisjoint(SWAPPING))
@@ -59,9 +57,8 @@ class Adapter:
     def draw(self, recipe: Recipe, report: Callable) -> Image.Image:
         """Return a picture, with the noise and the arithmetic of `sampling.samplers.sample_keyed`.
 
-        report: f(x, t, prediction), called at each step; what it raises ends the drawing
-
-        Raises ValueError if the model cannot be guided so, or the picture is not finite.
+        report(x, t, prediction) is called at each step; an exception from it ends the drawing. Raises ValueError if the model
+        cannot be guided so, or the picture is not finite.
         """
         model, key = self.model, (recipe["seed"], recipe["noise"], recipe["position"])
         device, shape = model.pos_embed.device, (model.in_channels, model.input_size, model.input_size)
@@ -85,11 +82,7 @@ class Adapter:
 
 
 class Job:
-    """A picture that a client waits for.
-
-    `news` has all that the client has not been told: place, step, steps and preview. Only the latest of each is kept, so that
-    a client which reads slowly fills no memory.
-    """
+    """A picture that a client waits for, and the latest `news` that it has not been told: place, step, steps, preview."""
 
     def __init__(self, recipe: Recipe, previews: bool = False):
         self.recipe, self.previews, self.cancelled = recipe, previews, False
@@ -140,6 +133,7 @@ class Studio:
         self.choices["guidance"] = {name: name for name in first.guidances if name in last.guidances}
         self.choices["guide"] = {name: name for name in first.tiers if name in last.tiers}
         self.read({"class": "0"})  # checks the defaults
+        self.images = real_folders(args.images, self.hierarchy) if args.images else {}
         self.line, self.worker, self.finished = [], ThreadPoolExecutor(1), {}
 
     def read(self, query: dict[str, str]) -> Recipe:
@@ -155,9 +149,9 @@ class Studio:
         return f'"{hash_integer(repr((self.adapters[recipe["adapter"]].version, recipe))):032x}"'
 
     async def wait_for(self, job: Job) -> bytes:
-        """Return the picture of a job as PNG, after those that came before it. If the task is cancelled, the job is.
+        """Return the picture of a job as PNG once its turn has come; if the task is cancelled, the job is.
 
-        Raises QueueFull if the line is full, and ValueError if the picture is not finite.
+        Raises QueueFull if the line is full, and ValueError as `Adapter.draw`.
         """
         if png := self.finished.get(self.tag(job.recipe)):
             return png
@@ -173,7 +167,6 @@ class Studio:
             self.tell_places()
 
     def tell_places(self):
-        """Tell each job how many are before it."""
         for place, job in enumerate(self.line):
             job.tell(place=place)
 

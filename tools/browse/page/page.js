@@ -104,6 +104,7 @@ async function run(task) {
   const mine = (running = new AbortController());
   const busy = (yes) => ($("cancel").hidden = $("progress").hidden = !yes);
   busy(true);
+  say("Drawing ...");
   try {
     say(await task(mine.signal));
   } catch (error) {
