@@ -55,7 +55,7 @@ def add_data_flags(add: Callable):
         "--train",
         metavar="DIR",
         help="folder of the images that the model was trained on: also compute the distance of every image of REAL and FAKE to "
-        "its nearest training image, in the features of the first network; all features are kept, see --keep-features",
+        "its nearest training image, in the features of the first network, which are all kept",
     )
     add(
         "--train-cache",

@@ -3,7 +3,8 @@
     python -m tools.class_embeddings --hierarchy inat/val --model hf-hub:imageomics/bioclip-2 --out bioclip2.safetensors
 
 A class is embedded as its name in each --template; the embeddings of its texts are averaged. For iNaturalist's classes
-the name is the path from the kingdom to the species, on which BioCLIP was trained. The script needs open_clip (pip
+the name is the path from the kingdom to the species, on which BioCLIP was trained. --model is hf-hub:NAME (downloaded),
+local-dir:FOLDER, or the name of an architecture. The script needs open_clip (pip
 install open_clip_torch); evaluate.py does not. For the file see evaluation/class_embeddings.py.
 """
 
@@ -35,11 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
     add = parser.add_argument
     add("--hierarchy", required=True, help="classes with their names: vegfru, a .json file or an image folder")
-    add(
-        "--model",
-        default=BIOCLIP,
-        help="model of open_clip: hf-hub:NAME (downloaded), local-dir:FOLDER, or the name of an architecture",
-    )
+    add("--model", default=BIOCLIP, help="model of open_clip")
     add("--weights", help="file of weights, or tag of open_clip's, for an architecture; if not given, random")
     add("--template", nargs="+", default=list(TEMPLATES), help="texts with {} in place of the name")
     add("--batch-size", type=int, default=256, help="texts per forward pass")
