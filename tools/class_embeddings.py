@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], examples=EXAMPLES)
     add = parser.add_argument
     add("--hierarchy", required=True, help="classes with their names: vegfru, a .json file or an image folder")
-    add("--model", default=BIOCLIP, help="model of open_clip")
+    add("--model", help="model of open_clip; if not given, BioCLIP 2, which is downloaded")
     add("--weights", help="file of weights, or tag of open_clip's, for an architecture; if not given, random")
     add("--template", nargs="+", default=list(TEMPLATES), help="texts with {} in place of the name")
     add("--batch-size", type=int, default=256, help="texts per forward pass")
@@ -113,7 +113,7 @@ def main():
     check_settings(args)
     hierarchy = Hierarchy.load(args.hierarchy)
     of_class = texts(hierarchy, args.template)
-    model, tokenizer, preprocessing = load_model(args.model, args.weights)
+    model, tokenizer, preprocessing = load_model(args.model or BIOCLIP, args.weights)
     embeddings = embed(model, tokenizer, of_class, args.batch_size)
     size = preprocessing["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -127,7 +127,7 @@ def main():
             "input_size": [3, height, width],
             "interpolation": preprocessing["interpolation"],
         },
-        "model": args.model,
+        "model": args.model or BIOCLIP,
         "templates": args.template,
     }
     save_class_embeddings(args.out, embeddings, json.loads(json.dumps(record)))
