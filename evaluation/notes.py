@@ -89,7 +89,7 @@ def label_notes(sets: list[ImageSet], hierarchy: Hierarchy, settings: dict | Non
             continue
         digest = (sampled or {}).get("hierarchy")
         known = [hierarchy, *(own for own in map(own_hierarchy, sets) if own and same_members(own, hierarchy))]
-        if digest in [other.keep().digest() for other in known]:
+        if digest in [digest for other in known for digest in (other.digest(), other.keep().digest())]:
             continue
         if each.classes is None and digest:
             reason = f"was sampled with another hierarchy than {hierarchy.name}, and its labels have no names"

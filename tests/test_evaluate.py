@@ -17,7 +17,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import evaluate
-from evaluation import features, image_pass, plan
+from evaluation import features, image_pass, plan, training_features
 from evaluation.image_sets import open_second, open_set
 from hierarchy import Hierarchy
 from runtime import progress
@@ -367,9 +367,20 @@ def test_keeping_a_sample_changes_only_sampled_metrics(sets, command, tmp_path, 
         assert row["lpips_pooled"] == expected["lpips_pooled"]
 
 
-def test_three_processes_give_the_same_metrics(sets, tmp_path, report):
-    named = ("--features", sets / "tiles.pt", "--classifier", sets / "classifier.pt")
+def test_three_processes_give_the_same_metrics(sets, tmp_path, report, monkeypatch):
+    """And each computes the features of some training images."""
+    monkeypatch.setattr(training_features, "CHUNK", 8)
+    train, named = (
+        write_set(tmp_path / "train", 40, 4, 9),
+        ("--features", sets / "tiles.pt", "--train", tmp_path / "train"),
+    )
+    named = (*named, "--classifier", sets / "classifier.pt")
     flags = [sets / "real", sets / "fake", *REPORT_FLAGS, *named, "--output", tmp_path / "out"]
     assert launch(evaluate.main, flags, tmp_path, world=3) == {0: 0, 1: 0, 2: 0}
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     assert_same_metrics(found, report, least=60, abs=1e-9, rel=1e-9)
+    network = torch.jit.load(sets / "tiles.pt")
+    x, y = (network(torch.cat(list(read_pixels(folder).values()))).double() for folder in (sets / "fake", train))
+    median = torch.cdist(x, y).min(1).values.quantile(0.5).item()
+    assert found["memorisation"]["generated"]["median"] == pytest.approx(median, rel=1e-5)
+    assert len(list((tmp_path / "out/training-features").glob("*.safetensors"))) == 3
