@@ -97,7 +97,7 @@ def embedding_classifier(
     Raises ValueError as `read_class_embeddings` and `named_network` do, and if the tower has another activation.
     """
     embeddings, record = read_class_embeddings(path)
-    tower = named_network(spec, "logits", random, device, record["input"])
+    tower = named_network(spec, "logits", random, device, record["input"], embeddings.shape[1])
     model = spec.rpartition("=")[0]
     if "_clip_" in model and ("quickgelu" in model) != bool(record.get("quick_gelu")):
         found = "has" if record.get("quick_gelu") else "lacks"

@@ -135,6 +135,7 @@ def named_network(
     random: bool = False,
     device: str | torch.device = "cpu",
     scaling: dict | None = None,
+    outputs: int | None = None,
 ) -> Network:
     """Return the network of a --features or --classifier value.
 
@@ -143,6 +144,7 @@ def named_network(
           "PRESET=FILE", see PRESETS
     key: "features" or "logits"
     scaling: INPUT_KEYS of a timm model; if None, those of its config.json, or else timm's
+    outputs: number of outputs of a timm model with random weights; if None, timm's
 
     Raises ValueError if `spec` has none of these forms, or the file is absent or does not fit.
     """
@@ -163,7 +165,7 @@ def named_network(
             f"{spec!r} names no timm model, expected MODEL=FILE, MODEL@SIZE=FILE, NAME:MODEL=FILE or a TorchScript file."
         )
     tensors, config = (read_network_weights(path), read_config(path, model)) if path else (None, {})
-    module = timm_network(model, int(size or 0), key, tensors, path, scaling or config.get("input"))
+    module = timm_network(model, int(size or 0), key, tensors, path, scaling or config.get("input"), outputs)
     options = {"config": sha256(config["file"])} if config else {}
     options |= {"preset": preset} if preset in PRESETS else {}
     network = make_network(name or left, module, path, device, **options)
@@ -187,10 +189,12 @@ def timm_network(
     tensors: dict[str, torch.Tensor] | None,
     path: str | None,
     scaling: dict | None = None,
+    outputs: int | None = None,
 ) -> TimmNetwork:
     """Build a timm model and load `tensors`, read from `path`, or random weights if None; see `TimmNetwork`.
 
     scaling: INPUT_KEYS of the model's config.json; if None, timm's for this model
+    outputs: number of outputs with random weights; if None, timm's
 
     Raises ValueError if the model's tag is unknown to timm and `scaling` is None.
     """
@@ -205,6 +209,8 @@ def timm_network(
                 f"the mean and deviation of its input: put it beside {path}."
             ) from None
         model, head = architecture, timm.get_pretrained_cfg(architecture).classifier
+    if tensors is None and outputs:
+        options["num_classes"] = outputs
     if tensors is not None and isinstance(head, str):  # as many classes as the file has, 0 if it has no head
         weight = tensors.get(f"{head}.weight")
         projection = tensors.get("visual.proj")  # (width, d) of a CLIP of open_clip, which timm takes for the head

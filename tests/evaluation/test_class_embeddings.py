@@ -66,6 +66,14 @@ def test_the_scaling_is_that_of_the_file(tower, tmp_path):
     assert (found - TENSORS["logits"]).abs().max() > 0.1
 
 
+def test_a_tower_with_random_weights_has_as_many_values_as_the_embeddings(tower, tmp_path):
+    network = embedding_classifier(SPEC, save(tmp_path / "classes.safetensors"), random=True)
+    logits = network(TENSORS["images"])["logits"]
+    assert (
+        logits.shape == (3, 5) and logits.abs().max() <= RECORD["logit_scale"] and network.record["weights"] == "random"
+    )
+
+
 BAD = {  # name: (changes of the record, embeddings, words)
     "fewer names": ({"names": ["lynx"]}, TENSORS["embeddings"], "1 names and embeddings (5, 8)"),
     "a name twice": ({"names": ["lynx"] * 5}, TENSORS["embeddings"], "names are not different"),
