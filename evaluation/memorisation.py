@@ -94,6 +94,27 @@ def update(
     best[rows], index[rows] = distances.gather(1, order), indices.gather(1, order)
 
 
+# ---- copies of real images -----------------------------------------------------------------------
+
+
+def count_near_copies(real: MeasuredSet, fake: MeasuredSet, network: str) -> int:
+    """Return how many generated images are near copies of real ones, of at most `plan.SAMPLE` random images in both sets.
+
+    They are closer to a real image than NEAR times the distance that 99% of the real images keep from each other; images
+    with the pixels of a real image are not counted. Copies of real images would have an excellent Frechet distance.
+    """
+    x, y = (each.sample(network, limit=True) for each in (real, fake))
+    if len(x) < 2:
+        return 0
+    between = nearest(x, [(0, x.cpu())], 2)[0][:, 1]
+    between = between[between > 0]  # without copies within the real images
+    if not len(between):
+        return 0
+    distances = nearest(y, [(0, x.cpu())])[0][:, 0]
+    near = distances < NEAR * np.quantile(between, QUANTILE)
+    return int((near & ~np.isin(fake.digests[fake.plan.kept & fake.plan.sampled], real.digests)).sum())
+
+
 # ---- comparison with held-out images -------------------------------------------------------------
 
 

@@ -74,6 +74,17 @@ def pair_notes(
     return notes
 
 
+def copy_notes(overall: dict, real: ImageSet, fake: ImageSet) -> list[str]:
+    """Return a sentence if generated images are near copies of real ones; overall: the metrics of all images."""
+    found = overall.get("near_copies")
+    if not found:
+        return []
+    return [
+        f"{found:,} images of {fake.path} are as close to an image of {real.path} as a changed copy: closer than a tenth of the "
+        "distance that 99% of its images keep from each other, so FAKE may not be generated."
+    ]
+
+
 # ---- labels --------------------------------------------------------------------------------------
 
 

@@ -17,11 +17,11 @@ from evaluation.comparison import (
 from evaluation.features import why_not_comparable
 from evaluation.image_sets import ImageSet
 from evaluation.inputs import OpenedSets
-from evaluation.memorisation import Memorisation, memorisation_notes
+from evaluation.memorisation import Memorisation, count_near_copies, memorisation_notes
 from evaluation.metrics import KID_SUBSETS
 from evaluation.neighbours import DENSITY_K, PRECISION_K
 from evaluation.networks import Networks
-from evaluation.notes import bias_notes, classifier_notes, floor_notes, image_notes, label_notes, size_notes
+from evaluation.notes import bias_notes, classifier_notes, copy_notes, floor_notes, image_notes, label_notes, size_notes
 from evaluation.plan import SAMPLE
 from evaluation.ranks import list_ranks
 from evaluation.reports import OVERALL
@@ -61,6 +61,8 @@ def compute_rows(
     rows[OVERALL] |= overall_metrics(real, fake, networks)
     if networks.features:
         name = networks.features[0].name
+        if isinstance(real, MeasuredSet) and isinstance(fake, MeasuredSet):
+            rows[OVERALL]["near_copies"] = count_near_copies(real, fake, name)
         for s, row in equal_size_metrics(real, fake, name, opened.present, args.seed, second).items():
             rows[names[s]]["at_equal_n"] = row
     return rows
@@ -119,6 +121,7 @@ def build_report(args: argparse.Namespace, opened: OpenedSets, compared: Compare
     ]
     # Possible problems:
     notes = image_notes(sets, hierarchy, both)
+    notes += copy_notes(rows[OVERALL], *sets)
     notes += label_notes(sets, hierarchy, settings) if hierarchy else []
     notes += classifier_notes(rows[OVERALL], hierarchy)
     notes += floor_notes(second, sets[0], *both, args.floor)

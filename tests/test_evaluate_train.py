@@ -83,6 +83,23 @@ def test_copies_with_one_changed_pixel_are_found(sets, command, tmp_path, train)
     assert "training images" not in again.err and same["memorisation"] == memorised
 
 
+def test_copies_of_real_images_with_one_changed_pixel_are_found_without_training_images(sets, command, tmp_path, train):
+    """Their Frechet distance is excellent; one copy is exact, which is another note, and one image is new."""
+    fake = change_a_pixel(train, tmp_path / "fake")
+    shutil.copy(train / "cats/lynx/3.png", fake / "cats/lynx/3.png")
+    shutil.copy(sets / "fake/cats/lynx/0.png", fake / "cats/lynx/4.png")
+    flags = (*NO_NETWORKS, "--features", sets / "tiles.pt")
+    _, found = run(command, tmp_path / "out", train, fake, *flags)
+    assert found["overall"]["features"]["tiles"]["fd"] < 0.01 and found["overall"]["near_copies"] == 38
+    assert any(
+        note.startswith(f"38 images of {fake} are as close to an image of {train} as") for note in found["notes"]
+    )
+    assert any(note.startswith(f"1 images of {fake} are exact copies of images of {train}") for note in found["notes"])
+    # other images are none
+    _, found = run(command, tmp_path / "new", sets / "real", sets / "fake", *flags)
+    assert found["overall"]["near_copies"] == 0 and not any("changed copy" in note for note in found["notes"])
+
+
 def test_new_images_are_no_copies(sets, command, tmp_path, train):
     """FAKE is another sample of the distribution; of REAL, images that are in the training set are not held out."""
     shutil.copytree(sets / "real", tmp_path / "real")
