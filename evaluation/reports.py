@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from evaluation.bars import bar_figure
+from evaluation.memorisation import LEAST_HELD_OUT
 from runtime.files import atomic_write
 from runtime.text import markdown_table
 
@@ -129,11 +130,14 @@ def rank_remarks(overall: dict) -> list[str]:
 def memorisation_remark(found: dict) -> str:
     """Return a sentence on the distances to the training images; found: of `Memorisation.metrics`."""
     overall, held, generated = found["overall"], found["held_out"], found["generated"]
+    share = f"{overall['closer']:.1%} of the generated images are closer than"
+    if held["n"] < LEAST_HELD_OUT:
+        share += f" any of them, expected {overall['closer_expected']:.1%}"
+    else:
+        share += f" 99% of them, expected {overall['closer_expected']:.1%}, and {overall['closer_than_any']:.1%} closer than any"
     return (
         f"Nearest of {found['n']:,} training images, on the features of {found['network']}: median distance "
-        f"{generated['median']:.4g}, of held-out images {held['median']:.4g}; {overall['closer']:.1%} of the generated images "
-        f"are closer than 99% of held-out images, expected {overall['closer_expected']:.1%}, and "
-        f"{overall['closer_than_any']:.1%} closer than any."
+        f"{generated['median']:.4g}, of held-out images {held['median']:.4g}; {share}."
     )
 
 

@@ -109,7 +109,7 @@ def species(tmp_path, base):
         "00002_Plantae_Tracheophyta_Liliopsida_Poales_Poaceae_Poa_annua",
         "00003_Animalia_Chordata_Aves_Strigiformes_Strigidae_Bubo_bubo",
     ]
-    return write_adapter(tmp_path / "species.safetensors", base, Hierarchy.from_class_names(names))
+    return write_adapter(tmp_path / "species.safetensors", base, Hierarchy.from_class_names(names).keep())
 
 
 def test_grid_has_a_row_per_superclass_with_the_images_of_sample_py(draw, command, adapter, tmp_path):
@@ -272,7 +272,7 @@ def bad_inputs(adapter, base, images, pipeline, species, runs, tmp_path):
     """Return (pattern of the message, flags) of invalid calls."""
     ours, bits = runs.write("ours"), runs.write("bits", "bitfit", {100: 30.0}, settings={"global_seed": 1})
     wide = runs.write("wide", fids={9: 1.0}, image_size=64)
-    inat = runs.write("inat", hierarchy=Hierarchy.load("inat2021"), image_size=256)
+    inat = runs.write("inat", hierarchy=Hierarchy.load("inat2021").keep(), image_size=256)
     files, bit, other = runs.files["ours"], runs.files["bits"][0], runs.files["wide"][0]
     loose, foreign, broken = (tmp_path / f"{name}.json" for name in ("loose", "foreign", "broken"))
     for path in (loose, foreign):
