@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from evaluation.class_embeddings import save_class_embeddings
+from evaluation.weights import load_strictly, read_network_weights
 from hierarchy import Hierarchy
 from hierarchy.layouts import is_inat
 from runtime.cli import Parser, check_range, run_command
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--hierarchy", required=True, help="classes with their names: vegfru, a .json file or an image folder")
     add("--model", help="model of open_clip; if not given, BioCLIP 2, which is downloaded")
-    add("--weights", help="file of weights, or tag of open_clip's, for an architecture; if not given, random")
+    add("--weights", help="file of weights for an architecture; if not given, random")
     add("--template", nargs="+", default=list(TEMPLATES), help="texts with {} in place of the name")
     add("--batch-size", type=int, default=256, help="texts per forward pass")
     add("--out", required=True, help="the file to write, .safetensors")
@@ -75,7 +76,9 @@ def texts(hierarchy: Hierarchy, templates: list[str]) -> list[list[str]]:
 def load_model(name: str, weights: str | None) -> tuple[torch.nn.Module, object, dict]:
     """Return a model of open_clip, its tokenizer and the preprocessing of its images.
 
-    Raises ValueError if open_clip is not installed, or the model cannot be loaded.
+    weights: a file for an architecture, which is read without trusting it; None for random weights, or those of the Hub
+
+    Raises ValueError if open_clip is not installed, or the model or its weights cannot be loaded.
     """
     try:
         import open_clip
@@ -84,12 +87,15 @@ def load_model(name: str, weights: str | None) -> tuple[torch.nn.Module, object,
             "open_clip is not installed, expected it for this script alone: pip install open_clip_torch."
         ) from None
     try:
-        model = open_clip.create_model(name, pretrained=weights).eval()
-        return model, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(model)
+        model = open_clip.create_model(name).eval()
+        parts = model, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(model)
     except Exception as error:  # also those of the HTTP library
         raise ValueError(
-            f"open_clip cannot load {name} ({one_line(error)}), expected one of its models: check --model and --weights."
+            f"open_clip cannot load {name} ({one_line(error)}), expected one of its models: check --model."
         ) from None
+    if weights:
+        load_strictly(model, read_network_weights(weights), weights, f"open_clip's {name}")
+    return parts
 
 
 @torch.inference_mode()
