@@ -20,26 +20,23 @@ NUMBERS = {  # setting: type, lowest and highest value
 MODEL_FLAGS = "base model image_size num_classes num_super_classes hierarchy vae cfg_channels mixed_precision".split()
 USUAL = None, "3", "auto"  # flags with these values need not be written
 
-Recipe = dict[
-    str, int | float | str
-]  # the numbers above; class and noise (labels), sampler, guidance, adapter (0 or 1)
+# the numbers above; class and noise (labels), sampler, guidance, guide (a rank for superclass guidance), adapter (0 or 1)
+Recipe = dict[str, int | float | str]
 
 
 def default_settings(args: argparse.Namespace) -> dict[str, str]:
     """Return the settings that a link may leave out, as the flags give them; `noise` is the class unless a link has it."""
-    low, high = args.guidance_interval
-    parent_scale = 1.0 if args.cfg_scale_parent is None else args.cfg_scale_parent
     found = dict(position=0, seed=0, scale=args.cfg_scale, sampler=args.sampler, steps=args.num_sampling_steps)
-    found |= dict(guidance=args.guidance, guide="superclass", parent_scale=parent_scale, low=low, high=high, adapter=0)
+    found |= dict(guidance=args.guidance, guide="superclass", adapter=0)
+    found["low"], found["high"] = args.guidance_interval
+    found["parent_scale"] = 1.0 if args.cfg_scale_parent is None else args.cfg_scale_parent
     return {name: str(value) for name, value in found.items()}
 
 
 def read_recipe(query: Mapping[str, str], defaults: Mapping[str, str], choices: Mapping[str, Mapping]) -> Recipe:
-    """Return the recipe of a link.
+    """Return the recipe of a link. Raises ValueError for an unknown setting and a value out of range.
 
     choices: {text: value} of each setting that is not a number
-
-    Raises ValueError for an unknown setting and a value out of range.
     """
     recipe = {}
     for name, text in {"class": "", "noise": query.get("class", ""), **defaults, **query}.items():
@@ -49,8 +46,7 @@ def read_recipe(query: Mapping[str, str], defaults: Mapping[str, str], choices: 
             (kind, low, high), value = NUMBERS[name], None
             expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
             with contextlib.suppress(ValueError):
-                value = kind(text)
-                value = value if low <= value <= high else None
+                value = number if low <= (number := kind(text)) <= high else None
         else:
             raise ValueError(f"The link has {name[:40]!r}, expected {', '.join([*choices, *NUMBERS])}.")
         if value is None:
@@ -62,19 +58,19 @@ def read_recipe(query: Mapping[str, str], defaults: Mapping[str, str], choices: 
 
 
 def sample_command(recipe: Recipe, args: argparse.Namespace, ckpt: str | None) -> str:
-    """Return the sample.py command that draws the same pixels on a CPU, "" if there is none.
+    """Return the sample.py command that draws the same pixels on a CPU, "" if there is none: it has no `noise`.
 
-    sample.py always uses the noise of the class. It draws the positions before as well, here one image at a time: others in
-    the batch change an image by rounding.
+    It draws the positions before as well, one image at a time: others in the batch change an image by rounding.
     """
     if recipe["noise"] != recipe["class"]:
         return ""
+    guidance = recipe["guidance"]
     flags = {"ckpt": ckpt} | {name: getattr(args, name) for name in MODEL_FLAGS}
-    flags |= dict(classes=f"{recipe['class']:05d}", seed=recipe["seed"], cfg_scale=recipe["scale"])
-    flags |= dict(guidance=recipe["guidance"], sampler=recipe["sampler"], num_sampling_steps=recipe["steps"])
-    flags["cfg_scale_parent"] = recipe["parent_scale"] if recipe["guidance"] == "chain" else None
-    flags["guide"] = recipe["guide"] if recipe["guidance"] == "superclass" and recipe["guide"] != "superclass" else None
-    flags["weak"] = args.weak if recipe["guidance"] == "autoguidance" else None
+    flags |= dict(classes=f"{recipe['class']:05d}", seed=recipe["seed"], guidance=guidance, cfg_scale=recipe["scale"])
+    flags["cfg_scale_parent"] = recipe["parent_scale"] if guidance == "chain" else None
+    flags["guide"] = recipe["guide"] if guidance == "superclass" != recipe["guide"] else None
+    flags["weak"] = args.weak if guidance == "autoguidance" else None
+    flags |= dict(sampler=recipe["sampler"], num_sampling_steps=recipe["steps"])
     words = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value not in USUAL]
     if recipe["position"]:
         words.append(("--per-class", recipe["position"] + 1, "--batch-size", 1))

@@ -6,8 +6,7 @@ const make = (tag, values, ...children) => {
   element.append(...children);
   return element;
 };
-const about = await (await fetch("about.json")).json();
-const { names, tiers } = about;
+const about = await (await fetch("about.json")).json(), { names, tiers } = about;
 const form = $("settings"), fields = form.elements, everyone = [...names.keys()];
 const OPTIONS = 30, REMEMBERED = 8, POSITIONS = 8;
 let chosen, noise, shown, kept, running; // class; class whose noise is used; news of two pictures; AbortController
@@ -30,15 +29,15 @@ function distance(label, query) {
   return [`\n${query}\n`, `\n${query}`, ` ${query}`, query].findIndex((part) => text.includes(part));
 }
 
+// The tree of labels, from a tier on; what is below a node is made when the node is opened.
 function branch(labels, depth) {
   const tier = tiers[depth], groups = tier && Map.groupBy(labels, (label) => tier.of[label]);
   if (!tier) return [make("ul", {}, ...list(labels))];
   if (groups.size == 1) return branch(labels, depth + 1);
   return [...groups].map(([node, inner]) => {
     const summary = make("summary", {}, tier.nodes[node], " ", make("i", {}, inner.length.toLocaleString("en")));
-    const open = () => details.children.length > 1 || details.append(...branch(inner, depth + 1));
-    const details = make("details", { ontoggle: open }, summary);
-    return details;
+    const ontoggle = ({ target }) => target.children.length > 1 || target.append(...branch(inner, depth + 1));
+    return make("details", { ontoggle }, summary);
   });
 }
 
@@ -63,7 +62,6 @@ function expand(yes) {
   $("results").hidden = !yes;
   input.setAttribute("aria-expanded", yes);
 }
-
 function activate(i) {
   options[active]?.removeAttribute("aria-selected");
   active = Math.max(-1, Math.min(i, options.length - 1));
@@ -71,14 +69,12 @@ function activate(i) {
   options[active]?.scrollIntoView({ block: "nearest" });
   input.setAttribute("aria-activedescendant", options[active]?.id ?? "");
 }
-
 input.oninput = $("group").onchange = () => {
   const query = fold(input.value.trim()), found = [[], [], [], [], [], []];
   if (query || $("group").value) for (const label of pool()) found[distance(label, query)].push(label);
-  const labels = found.slice(0, 5).flat();
+  const labels = found.slice(0, 5).flat(), first = labels.length > OPTIONS ? `, the first ${OPTIONS} are shown` : "";
   $("results").replaceChildren(...labels.slice(0, OPTIONS).map((label, i) =>
     make("li", { id: `option${i}`, role: "option", onclick: () => pick(label) }, ...styled(label))));
-  const first = labels.length > OPTIONS ? `, the first ${OPTIONS} are shown` : "";
   $("count").textContent = query || labels.length ? `${labels.length.toLocaleString("en")} found${first}` : "";
   expand(labels.length > 0);
   activate(-1);
@@ -96,14 +92,13 @@ $("random").onclick = () => pick(pool()[Math.floor(Math.random() * pool().length
 
 const say = (text) => ($("status").textContent = text);
 const address = (path, recipe) => new URL(`${path}?${new URLSearchParams(recipe)}`, document.baseURI).href;
-const image = (figure) => $(figure).querySelector("img");
+const part = (figure, tag) => $(figure).querySelector(tag);
 
 // Run a task in place of the one under way, whose drawing the server stops at its next step.
 async function run(task) {
   running?.abort();
   const mine = (running = new AbortController());
-  const busy = (yes) => ($("cancel").hidden = $("progress").hidden = !yes);
-  busy(true);
+  $("cancel").hidden = $("progress").hidden = false;
   say("Drawing ...");
   try {
     say(await task(mine.signal));
@@ -112,7 +107,7 @@ async function run(task) {
     say(mine.signal.aborted ? "Cancelled." : error.message);
     if (shown) present();
   }
-  if (running == mine) busy(false);
+  if (running == mine) $("cancel").hidden = $("progress").hidden = true;
 }
 
 // Have a picture drawn; return the last news of it, with its recipe and command.
@@ -121,8 +116,8 @@ async function stream(recipe, signal, what, preview = () => {}) {
   if (!response.ok) throw new Error(await response.text());
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "", news = {};
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const lines = (text + part.value).split("\n");
+  for (let read = await reader.read(); !read.done; read = await reader.read()) {
+    const lines = (text + read.value).split("\n");
     text = lines.pop();
     for (news of lines.map(JSON.parse)) {
       if (news.error) throw new Error(news.error);
@@ -137,32 +132,35 @@ async function stream(recipe, signal, what, preview = () => {}) {
 }
 
 function show(figure, { recipe }) {
-  const src = address("image.png", recipe), settings = { ...recipe, ...{ adapter: about.adapters[recipe.adapter] } };
-  Object.assign(image(figure), { src, alt: `${plain(recipe.class)}, drawn by the model` });
-  $(figure).querySelector("a").href = src;
-  $(figure).querySelector("figcaption").textContent = `${plain(recipe.class)}: ` + ["seed", "position", "scale", "steps",
-    "sampler", "guidance", ...(about.adapters[1] ? ["adapter"] : [])].map((name) => `${name} ${settings[name]}`).join(", ");
+  const src = address("image.png", recipe), settings = { ...recipe, adapter: about.adapters[recipe.adapter] };
+  const told = ["seed", "position", "scale", "steps", "sampler", "guidance", ...(about.adapters[1] ? ["adapter"] : [])];
+  Object.assign(part(figure, "img"), { src, alt: `${plain(recipe.class)}, drawn by the model` });
+  part(figure, "a").href = src;
+  part(figure, "figcaption").textContent =
+    `${plain(recipe.class)}: ${told.map((name) => `${name} ${settings[name]}`).join(", ")}`;
   $(figure).hidden = false;
 }
-
 function entitle(label) {
   $("title").replaceChildren(...styled(label));
   document.title = `${plain(label)} - Species browser`;
   $("hint").hidden = true;
+  if (about.real) Object.assign(part("real", "img"), { src: address("real.jpg", { class: label }), alt: `${plain(label)}, real` });
   $("real").hidden = !about.real;
-  if (about.real) Object.assign(image("real"), { src: address("real.jpg", { class: label }), alt: `${plain(label)}, real` });
   remember(label);
 }
-
-// Show the picture that was finished last.
 function present() {
   const { recipe, command } = shown;
   entitle((chosen = recipe.class));
   show("picture", shown);
-  $("save").href = image("picture").src;
+  $("save").href = part("picture", "img").src;
   $("save").download = `${names[chosen][0]} ${recipe.seed}-${recipe.position}.png`;
   $("command").disabled = !command;
   $("actions").hidden = false;
+}
+function compare() {
+  $("kept").hidden = !kept;
+  if (kept) show("kept", kept);
+  $("keep").textContent = kept ? "End the comparison" : "Compare";
 }
 
 // Draw the chosen class with the settings of the form; before it `beside`, a recipe, if there is one.
@@ -175,14 +173,13 @@ function draw(beside) {
     if (beside) kept = await stream(beside, signal, "the picture beside");
     compare();
     shown = await stream(recipe, signal, "the picture", (src) => {
-      Object.assign(image("picture"), { src, alt: "Preview" });
+      Object.assign(part("picture", "img"), { src, alt: "Preview" });
       $("picture").hidden = false;
     });
     present();
     return "Finished.";
   });
 }
-
 function pick(label) {
   [chosen, noise] = [label, kept && kept.recipe.noise != label ? kept.recipe.noise : undefined];
   $("gallery").replaceChildren();
@@ -191,16 +188,9 @@ function pick(label) {
   $("title").focus();
   draw();
 }
-
-function compare() {
-  $("kept").hidden = !kept;
-  if (kept) show("kept", kept);
-  $("keep").textContent = kept ? "End the comparison" : "Compare";
-}
-
 async function copy(text, what) {
-  await navigator.clipboard?.writeText(text).then(() => say(`${what} copied.`), () => prompt(what, text));
-  if (!navigator.clipboard) prompt(what, text); // without https, other machines have none
+  const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  written ? say(`${what} copied.`) : prompt(what, text); // without https, other machines have no clipboard
 }
 
 $("cancel").onclick = () => running.abort();
