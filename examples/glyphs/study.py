@@ -77,6 +77,11 @@ def shuffle_superclasses(hierarchy: Hierarchy, seed: int) -> Hierarchy:
     return Hierarchy(hierarchy.classes, hierarchy.superclasses, parents, "shuffled")
 
 
+def run_folder(out: Path, method: str, seed: int) -> Path:
+    """Return the folder of a method's run."""
+    return out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}"
+
+
 def train_all(
     args: argparse.Namespace, hierarchy: Hierarchy, methods: dict[str, list[str]]
 ) -> dict[tuple[str, int], Path]:
@@ -93,9 +98,7 @@ def train_all(
     for name, flags in latents.items():
         encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip"]
         run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
-    folders = {
-        (method, seed): out / f"runs/{re.sub('[, ]+', '-', method)}-{seed}" for method in methods for seed in args.seeds
-    }
+    folders = {(method, seed): run_folder(out, method, seed) for method in methods for seed in args.seeds}
 
     def train(job):
         method, seed = job
