@@ -168,15 +168,17 @@ class Hierarchy:
         return Hierarchy(self.classes, top.nodes, top.of_class, self.name, ranks, top.name)
 
     @classmethod
-    def load(cls, spec: str | os.PathLike) -> "Hierarchy":
+    def load(cls, spec: str | os.PathLike, counted: bool = False) -> "Hierarchy":
         """Read a built-in hierarchy, a JSON file or an image folder.
 
         spec: inat2021, vegfru, a file in the form of the module docstring, an annotation file of iNaturalist, or a
-        folder, see `from_folder`. Raises ValueError if it is none of these or invalid.
+        folder, see `from_folder`. With `counted` a built-in one has ranks with numbered nodes. Raises ValueError if it is
+        none of these or invalid.
         """
         built_in = {file.stem: file for file in sorted(BUILT_IN.glob("*.json"))}
         if str(spec) in built_in:
-            return cls.from_dict(read_json(built_in[str(spec)]))
+            record = read_json(built_in[str(spec)])
+            return cls.from_dict(record if counted else {key: record[key] for key in record if key != "ranks"})
         path = Path(spec)
         if path.is_dir() or path.suffix == ".txt":
             return cls.from_folder(path)

@@ -117,10 +117,9 @@ def class_folders(root: Path) -> list[Path]:
 def has_deeper_level(root: Path, folders: Sequence[Path], depth: int) -> bool:
     """Return True if the folders `depth` levels below the root hold folders, and False if they are those of the classes.
 
-    Below the first level, folders with images are those of the classes, whatever else they hold. Raises ValueError for a
-    mixture.
+    Below the first level, a level with images is that of the classes, whatever else it holds. Raises ValueError for a mixture.
     """
-    if depth > 1 and any(is_image(entry) for entry in visible_entries(folders[0])):
+    if depth > 1 and any(is_image(entry) for folder in folders for entry in visible_entries(folder)):
         return False
     deep = [folder for folder in folders if subfolders(folder)]
     if deep and len(deep) < len(folders):

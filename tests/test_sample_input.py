@@ -22,7 +22,7 @@ REFUSED = [
     ("--guidance-interval 0 1000", "--guidance-interval is 0 1000, expected two timesteps of 0..999"),
     ("--guidance-interval -1 999", "--guidance-interval is -1 999"),
     ("--guidance null", "--guidance is null, but the model has no null row: train it with --null-prob"),
-    ("--guidance chain", "--guidance is chain, but the model has no null row"),
+    ("--guidance chain --cfg-scale-parent 2", "--guidance is chain, but the model has no null row"),
     ("--guidance autoguidance", "pass an earlier adapter as --weak"),
     ("--guidance autoguidance --weak nowhere", "--weak is nowhere, expected an earlier adapter"),
     ("--guidance autoguidance --weak @base", "expected an earlier adapter"),

@@ -78,7 +78,7 @@ def main():
 
 
 def print_tree(args: argparse.Namespace):
-    hierarchy = Hierarchy.load(args.source)
+    hierarchy = Hierarchy.load(args.source, counted=True)
     ranks = [tier.name for tier in hierarchy.tiers]
     if args.to and args.to not in ranks:
         raise ValueError(f"--to is {args.to}, expected a rank of {args.source}: {', '.join(ranks)}.")

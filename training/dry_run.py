@@ -45,7 +45,7 @@ def dry_run(args: argparse.Namespace):
             data.check_settings(autoencoder, args.image_size, args.flip)
         latent_size, channels = autoencoder.latent_size(args.image_size), autoencoder.channels
     else:
-        data, hierarchy = None, Hierarchy.load(args.hierarchy or "inat2021")
+        data, hierarchy = None, Hierarchy.load(args.hierarchy or "inat2021", counted=True)
         check_counts(hierarchy, args.num_classes, args.num_super_classes)
         latent_size, channels = latent_shape(args)
     description = describe(args, hierarchy, latent_size, channels)

@@ -7,6 +7,7 @@ import torch
 from helpers.species import SPECIES
 from helpers.tiny_models import make, refusal
 
+from dataset.listing import list_files
 from hierarchy import Hierarchy
 from hierarchy.archive import pack_hierarchy, unpack_hierarchy
 
@@ -75,7 +76,7 @@ def test_inaturalists_ranks():
     assert [h.tiers[tier].nodes[h.ancestors[tier, 7]] for tier in range(5)] == [
         *("Mammals", "Mammalia", "Carnivora", "Canidae", "Vulpes")
     ]
-    built_in = Hierarchy.load("inat2021")
+    built_in = Hierarchy.load("inat2021", counted=True)
     assert [len(tier.nodes) for tier in built_in.tiers] == [11, 51, 273, 1103, 4900] and built_in.has_parents
     with refusal("inat2021 has the number of nodes of rank class, but not the node of each class"):
         _ = built_in.ancestors
@@ -127,9 +128,12 @@ def test_what_is_no_tree_is_refused(tmp_path, record, words):
 
 
 def test_folders_of_unequal_depth_are_refused(tmp_path):
-    make(tmp_path, *SHOP, "tools/hammer/1.jpg")
-    with refusal("'food/fruit' has folders in it and 'tools/hammer' has none"):
-        Hierarchy.load(tmp_path)
+    make(tmp_path, *SHOP[:2], "tools/hammer/1.jpg")
+    with refusal("food/fruit has no images"):  # its level has images elsewhere
+        list_files(tmp_path, Hierarchy.load(tmp_path))
+    make(tmp_path / "other", "food/fruit/apple/1.jpg", "food/root/1.txt")
+    with refusal("'food/fruit' has folders in it and 'food/root' has none"):
+        Hierarchy.load(tmp_path / "other")
 
 
 def test_a_rank_with_a_single_node_and_a_million_classes_are_handled():
