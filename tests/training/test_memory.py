@@ -162,7 +162,7 @@ def written(tmp_path_factory):
     folder, hierarchy = tmp_path_factory.mktemp("xl"), Hierarchy.load("inat2021")
     if SHARED.is_file():
         rows = SHARED.read_text().splitlines()[1:]
-        hierarchy = Hierarchy.from_class_names([row.split(",").keep()[1] for row in rows])
+        hierarchy = Hierarchy.from_class_names([row.split(",")[1] for row in rows]).keep()
     flags = {name: None for name in DECISIVE_FLAGS}
     description = ModelDescription(
         model="DiT-XL/2",
