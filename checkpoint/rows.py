@@ -12,13 +12,13 @@ Key = tuple[str, str]
 def row_keys(description: ModelDescription) -> list[Key]:
     """Return the meaning of each row of the class table, in order.
 
-    It is ("class", name), ("superclass", name), (rank, name) of the further ranks, and ("null", "").
+    It is ("class", name), ("superclass", name), ("rank NAME", name) for the further ranks, and ("null", "").
     """
     hierarchy = description.hierarchy
     keys = [("class", name) for name in hierarchy.classes]
     if description.tiered:
-        keys += [("superclass", name) for name in hierarchy.superclasses]
-        keys += [(f"rank {rank.name}", name) for rank in hierarchy.ranks for name in rank.nodes]
+        kinds = ["superclass", *(f"rank {rank.name}" for rank in hierarchy.ranks)]
+        keys += [(kind, name) for kind, tier in zip(kinds, hierarchy.tiers) for name in tier.nodes]
     if description.embedder == "null" or description.null_row:
         keys.append(("null", ""))
     return keys
@@ -39,7 +39,8 @@ def find_row(description: ModelDescription, query: str) -> int:
         if plain(node) == plain(name) and rank in (ranks or [rank])
     }
     if len(found) > 1:
-        raise ValueError(f"{query!r} is a {' and a '.join(found)}, expected one: write {next(iter(found))}={query}.")
+        ranks = " and ".join(found)
+        raise ValueError(f"{query!r} names nodes of {ranks}, expected one: write {next(iter(found))}={query}.")
     return next(iter(found.values())) if found else description.hierarchy.find(query)
 
 

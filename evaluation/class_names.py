@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hierarchy import Hierarchy
-from hierarchy.hierarchy import numbered_names
+from hierarchy.checks import numbered_names
 from hierarchy.layouts import is_inat
 
 

@@ -1,4 +1,4 @@
-"""Checks of the parts of a hierarchy."""
+"""The parts of a hierarchy as they are given: names, parents and ranges, and their checks."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -142,7 +142,7 @@ class Hierarchy:
     @property
     def is_inat2021(self) -> bool:
         """True for the built-in hierarchy inat2021, which the released checkpoints have: its classes are numbers."""
-        return self.numbered and self.keep() == Hierarchy.load("inat2021").keep()
+        return self.numbered and self == Hierarchy.load("inat2021")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Hierarchy) and self.digest() == other.digest()

@@ -26,7 +26,7 @@ from hierarchy.layouts import INAT_RANKS
 RANK_NAME = re.compile(r"[^\s=]+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rank:
     """A rank of a hierarchy.
 
@@ -90,7 +90,9 @@ def inat_ranks(names: Sequence[str]) -> list[Rank]:
     """Return the ranks class, order, family and genus of iNaturalist's directory names."""
     parts = [tuple(name.split("_")[1:]) for name in names]  # without the number
     first = INAT_RANKS.index("class")
-    return [rank_of_paths(rank, [path[:depth] for path in parts]) for depth, rank in enumerate(INAT_RANKS[3:-1], first)]
+    return [
+        rank_of_paths(rank, [path[:depth] for path in parts]) for depth, rank in enumerate(INAT_RANKS[first:-1], first)
+    ]
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

@@ -15,6 +15,13 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most].rstrip(". ") or type(error).__name__
 
 
+def changed_settings(earlier: dict, now: dict) -> list[str]:
+    """Return "key value, here value" for each key whose value differs between two sets of settings."""
+    return [
+        f"{key} {earlier.get(key)}, here {now.get(key)}" for key in earlier | now if earlier.get(key) != now.get(key)
+    ]
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence], align: str = "") -> list[str]:
     """Return the lines of a Markdown table.
 

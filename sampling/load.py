@@ -34,7 +34,7 @@ def infer_hierarchy(num_classes: int, num_super_classes: int) -> Hierarchy:
     if num_super_classes == 1:
         return Hierarchy.plain(numbered_names(num_classes), f"a plain DiT with {num_classes} classes")
     if (num_classes, num_super_classes) == (PAPER_DEFAULTS["num_classes"], PAPER_DEFAULTS["num_super_classes"]):
-        return Hierarchy.load("inat2021").keep()
+        return Hierarchy.load("inat2021")
     raise ValueError(
         f"Found no hierarchy for {num_classes} classes and {num_super_classes} superclasses, expected one: pass --hierarchy, a "
         ".json file or an image folder."

@@ -27,6 +27,7 @@ from PIL import Image
 
 from hierarchy.layouts import folder_names
 from runtime.files import LOCK_FILE, Lock, atomic_write, nearest_existing, path_in_errors
+from runtime.text import changed_settings
 
 FORMATS = ("png", "npz", "both")
 DIGEST_BYTES = 8
@@ -255,11 +256,7 @@ class Store:
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(f"{path} is damaged, expected JSON: remove the folder or choose another --name.") from None
-        differ = [
-            f"{key} {earlier.get(key)}, here {settings.get(key)}"
-            for key in earlier | settings
-            if earlier.get(key) != settings.get(key)
-        ]
+        differ = changed_settings(earlier, settings)
         if differ:
             raise ValueError(
                 f"{self.folder} was begun with other settings ({'; '.join(differ)}): choose another --name, or sample with the "

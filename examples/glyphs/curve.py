@@ -27,7 +27,7 @@ EXAMPLES = """
 
 def count_parameters(out: Path, method: str, seed: int) -> int:
     """Return the number of parameters in a run's adapter."""
-    tensors, _ = read_weights(max((study.run_folder(out, method, seed) / "adapters").glob("*.safetensors")))
+    tensors, _ = read_weights(study.newest_adapter(study.run_folder(out, method, seed)))
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -57,7 +57,7 @@ def draw(args: argparse.Namespace):
             )
         for method in others:
             name = method.replace("finediffusion+lora, ", "LoRA ").replace("finediffusion", "the paper's")
-            place = 100 * counts[method] / full, found[method] and mean[method]
+            place = 100 * counts[method] / full, mean[method]  # at the last scale
             ax.annotate(name, place, xytext=(0, 6), textcoords="offset points", fontsize=6, rotation=40)
         ax.set(xscale="log", xlabel="trained parameters, % of full fine-tuning (dashed)", ylabel=title)
         ax.spines[["top", "right"]].set_visible(False)

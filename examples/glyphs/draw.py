@@ -13,6 +13,7 @@ tiers, `block/letter/code_NAME/*.png`: four variants with diacritics of each of 
 import json
 import os
 import random
+import shutil
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -246,6 +247,15 @@ def write_images(out: str | os.PathLike, which: str, held_out: bool, per_class: 
             face = faces[i % len(faces)]
             draw_varied(code, face, rng).save(folder / f"{i:03d}_{face}.png")
     return len(jobs)
+
+
+def write_images_once(out: Path, which: str, held_out: bool, per_class: int, seed: int):
+    """Do as `write_images`, unless the folder exists; it appears complete or not at all."""
+    if not out.is_dir():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        write_images(part, which, held_out, per_class, seed)
+        part.rename(out)
 
 
 def main():

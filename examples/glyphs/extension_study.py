@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import load_autoencoder
-from checkpoint.loading import load_adapted
+from checkpoint.format import read_description
 from evaluation.metrics import features_root, frechet_distance
 from examples.glyphs import draw, read, study
 from guidance import Guidance
@@ -53,19 +53,19 @@ def link_classes(out: Path, *folders: Path):
                 link.symlink_to(path.resolve())
 
 
-def train(args: argparse.Namespace, job: Job) -> Path:
-    """Train in one way, or resume or skip a run that exists; return its adapter."""
+def train(args: argparse.Namespace, adapter: Path, job: Job) -> Path:
+    """Train in one way, or resume or skip a run that exists; return its adapter. adapter: the one to extend"""
     way, images, seed = job
-    new, name = args.out / f"data/{images}-{seed}", f"{way.replace(' ', '-')}-{images}-{seed}"
-    flags = ["--results-dir", args.out / "runs", "--experiment", name, "--global-seed", seed]
+    new, folder = args.out / f"data/{images}-{seed}", study.run_folder(args.out, f"{way} {images}", seed)
+    flags = ["--results-dir", folder.parent, "--experiment", folder.name, "--global-seed", seed]
     if way == "from the start":
         both = args.out / f"data/all-{images}-{seed}"
         link_classes(both, args.data / "train", new)
         study.run("train.py", *shlex.split(args.train), "--data-path", both, "--preview-images", 0, *flags)
     else:
-        flags += ["--extend", "--resume", args.adapter, "--train", way, "--max-steps", args.steps]
+        flags += ["--extend", "--resume", adapter, "--train", way, "--max-steps", args.steps]
         study.run("train.py", *EXTEND, "--data-path", new, *flags)
-    return max((args.out / "runs" / name / "adapters").glob("*.safetensors"))
+    return study.newest_adapter(folder)
 
 
 class Judge:
@@ -73,8 +73,7 @@ class Judge:
 
     def __init__(self, args: argparse.Namespace):
         for name, held_out, count in (("more", False, 39), ("more-held-out", True, 6)):
-            if not (args.out / name).is_dir():
-                draw.write_images(args.out / name, "more", held_out, count, seed=0)
+            draw.write_images_once(args.out / name, "more", held_out, count, seed=0)
         link_classes(args.out / "train", args.data / "train", args.out / "more")
         link_classes(args.out / "held-out", args.data / "held-out", args.out / "more-held-out")
         self.hierarchy = Hierarchy.load(args.out / "train")
@@ -88,6 +87,7 @@ class Judge:
             for new in (False, True)
         }
         self.of_real = self.measure(images, labels)
+        self.autoencoder = load_autoencoder("examples/glyphs/vae")
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Return accuracy and Frechet distance of the old and of the new classes; labels: of the judge's hierarchy."""
@@ -104,9 +104,8 @@ class Judge:
 
     def read_samples(self, path: Path, per_class: int) -> dict[str, float]:
         """Sample an adapter and measure the images."""
-        autoencoder = load_autoencoder("examples/glyphs/vae")
-        images, labels = study.sample(path, autoencoder, Guidance("superclass", SCALE), per_class)
-        names = load_adapted(path)[1].hierarchy.classes
+        images, labels = study.sample(path, self.autoencoder, Guidance("superclass", SCALE), per_class)
+        names = read_description(path).hierarchy.classes
         return self.measure(images, torch.tensor([self.hierarchy.classes.index(names[label]) for label in labels]))
 
 
@@ -126,20 +125,21 @@ def main():
 
 def compare(args: argparse.Namespace):
     """Train in all ways, read the samples, and write the results."""
-    args.adapter = max((args.data / "run/adapters").glob("*.safetensors"), default=None)
-    if args.adapter is None:
+    if not (args.data / "run/adapters").is_dir():
         raise ValueError(f"{args.data} has no adapter in run/, expected the folder of make quickstart: run that first.")
+    adapter = study.newest_adapter(args.data / "run")
     jobs = [(way, images, seed) for way in WAYS for images in args.images for seed in args.seeds]
     for images in args.images:
         for seed in args.seeds:
-            if not (args.out / f"data/{images}-{seed}").is_dir():
-                draw.write_images(args.out / f"data/{images}-{seed}", "more", False, images, seed)
+            draw.write_images_once(args.out / f"data/{images}-{seed}", "more", False, images, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
-        paths = progress_bar(pool.map(lambda job: train(args, job), jobs), total=len(jobs), desc="training", unit="run")
+        paths = progress_bar(
+            pool.map(lambda job: train(args, adapter, job), jobs), total=len(jobs), desc="training", unit="run"
+        )
         adapters = {"|".join(map(str, job)): path for job, path in zip(jobs, paths)}
     kept, judge = args.out / "extension.json", Judge(args)
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    for key, path in progress_bar({BEFORE: args.adapter, **adapters}.items(), desc="sampling", unit="adapter"):
+    for key, path in progress_bar({BEFORE: adapter, **adapters}.items(), desc="sampling", unit="adapter"):
         if key not in found:
             found[key] = judge.read_samples(path, args.per_class)
             atomic_write(kept, lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))

@@ -71,6 +71,17 @@ def run(*command: str | os.PathLike | int):
         raise ValueError(f"{shlex.join(map(str, command))} failed ({result.stderr.strip().splitlines()[-1]}).")
 
 
+def encode(data: Path, out: Path, *flags: str | os.PathLike):
+    """Encode the images of a folder, without mirror images."""
+    settings = "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip", "--num-workers", 0
+    run("-m", "tools.encode_latents", "--data-path", data, *settings, "--out", out, *flags)
+
+
+def newest_adapter(run: Path) -> Path:
+    """Return the last adapter of a run's folder."""
+    return max((run / "adapters").glob("*.safetensors"))
+
+
 def shuffle_superclasses(hierarchy: Hierarchy, seed: int) -> Hierarchy:
     """Return the same classes under randomly assigned superclasses of the same sizes."""
     parents = hierarchy.parents[torch.randperm(len(hierarchy.parents), generator=torch.Generator().manual_seed(seed))]
@@ -96,8 +107,7 @@ def train_all(
         atomic_write(spec, lambda part, text=text: part.write_text(text))
         latents[f"latents-shuffled-{seed}"] = ["--hierarchy", spec]
     for name, flags in latents.items():
-        encode = ["--data-path", args.data / "train", "--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip"]
-        run("-m", "tools.encode_latents", *encode, "--num-workers", 0, "--out", out / name, *flags)
+        encode(args.data / "train", out / name, *flags)
     folders = {(method, seed): run_folder(out, method, seed) for method in methods for seed in args.seeds}
 
     def train(job):
@@ -109,7 +119,7 @@ def train_all(
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(progress_bar(pool.map(train, folders), total=len(folders), desc="training", unit="run"))
-    return {job: max((folder / "adapters").glob("*.safetensors")) for job, folder in folders.items()}
+    return {job: newest_adapter(folder) for job, folder in folders.items()}
 
 
 # ---- sampling and reading ------------------------------------------------------------------------

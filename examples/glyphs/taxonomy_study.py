@@ -11,7 +11,6 @@ command resumes. Writes taxonomy.json and taxonomy.md.
 
 import argparse
 import json
-import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,37 +57,24 @@ def shuffle(hierarchy: Hierarchy, seed: int) -> Hierarchy:
 
 def prepare(out: Path, images: int, seed: int):
     """Draw the training images of a seed, and encode them with the true tree and with a random one."""
-    data = out / f"data/{images}-{seed}"
-    if not data.is_dir():
-        draw.write_images(data, "letters", held_out=False, per_class=images, seed=seed)
-    spec = out / f"random-{seed}.json"
+    data, spec = out / f"data/{images}-{seed}", out / f"random-{seed}.json"
+    draw.write_images_once(data, "letters", held_out=False, per_class=images, seed=seed)
     text = json.dumps(shuffle(Hierarchy.load(data), seed).to_dict())
     atomic_write(spec, lambda part: part.write_text(text))
     for name, flags in (("true", []), ("random", ["--hierarchy", spec])):
-        encode = [
-            "--data-path",
-            data,
-            "--image-size",
-            64,
-            "--vae",
-            "examples/glyphs/vae",
-            "--no-flip",
-            "--num-workers",
-            0,
-        ]
-        study.run("-m", "tools.encode_latents", *encode, *flags, "--out", out / f"latents/{images}-{seed}-{name}")
+        study.encode(data, out / f"latents/{images}-{seed}-{name}", *flags)
 
 
 def train(args: argparse.Namespace, job: Job) -> Path:
     """Train a table, or resume or skip a run that exists; return its adapter."""
     method, images, seed = job
     flags, _, random = METHODS[method]
-    name = f"{re.sub('[, ]+', '-', method)}-{images}-{seed}"
+    folder = study.run_folder(args.out, f"{method}, {images}", seed)
     latents = args.out / f"latents/{images}-{seed}-{'random' if random else 'true'}"
-    place = ["--latents", latents, "--results-dir", args.out / "runs", "--experiment", name]
+    place = ["--latents", latents, "--results-dir", folder.parent, "--experiment", folder.name]
     place += ["--global-batch-size", BATCH, "--max-steps", args.max_steps, "--global-seed", seed, "--preview-images", 0]
     study.run("train.py", *shlex.split(args.train), *place, *flags)
-    return max((args.out / "runs" / name / "adapters").glob("*.safetensors"))
+    return study.newest_adapter(folder)
 
 
 def measure_all(args: argparse.Namespace, adapters: dict[Job, Path]) -> dict[str, dict[str, float]]:
@@ -98,8 +84,7 @@ def measure_all(args: argparse.Namespace, adapters: dict[Job, Path]) -> dict[str
     """
     folders = {"train": (False, 39), "held-out": (True, 6)}  # faces, images per class of the classifier and its test
     for name, (held_out, count) in folders.items():
-        if not (args.out / name).is_dir():
-            draw.write_images(args.out / name, "letters", held_out, count, seed=0)
+        draw.write_images_once(args.out / name, "letters", held_out, count, seed=0)
     hierarchy = Hierarchy.load(args.out / "train")
     features, reader = read.train_reader(*read.load_images(args.out / "train", hierarchy), hierarchy.num_classes)
     real, labels = read.load_images(args.out / "held-out", hierarchy)

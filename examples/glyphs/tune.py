@@ -56,8 +56,7 @@ def tune(args: argparse.Namespace):
     """Train and judge all trials, and write the best of each method."""
     hierarchy = Hierarchy.from_folder(args.data / "train")
     validation = args.out / "validation"
-    if not validation.is_dir():
-        draw.write_images(validation, "new", held_out=False, per_class=6, seed=1)
+    draw.write_images_once(validation, "new", held_out=False, per_class=6, seed=1)
     todo = {name: flags for method in args.methods for name, flags in trials(method).items()}
     adapters = study.train_all(args, hierarchy, todo)
     features, reader = read.train_reader(*read.load_images(args.data / "train", hierarchy), hierarchy.num_classes)

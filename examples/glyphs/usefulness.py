@@ -20,8 +20,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from dataset.listing import list_files
-from examples.glyphs import draw
-from examples.glyphs.study import run
+from examples.glyphs import draw, study
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
@@ -85,10 +84,9 @@ def generate(folder: Path, seed: int, train_flags: Sequence[str]):
 
     Those in `fill` and `varied` fill the classes to MOST images; `rest` are as many of each class as it has real ones.
     """
-    encode = ["--image-size", 64, "--vae", "examples/glyphs/vae", "--no-flip", "--num-workers", 0]
-    run("-m", "tools.encode_latents", "--data-path", folder / "train", *encode, "--out", folder / "latents")
+    study.encode(folder / "train", folder / "latents")
     place = ["--latents", folder / "latents", "--results-dir", folder, "--experiment", "generator"]
-    run("train.py", *train_flags, *place, "--global-seed", seed, "--preview-images", 0)
+    study.run("train.py", *train_flags, *place, "--global-seed", seed, "--preview-images", 0)
     hierarchy = Hierarchy.from_folder(folder / "train")
     counts = json.dumps(dict(zip(hierarchy.classes, count_images(folder / "train", hierarchy).tolist())))
     atomic_write(folder / "rest.json", lambda part: part.write_text(counts))
@@ -100,12 +98,9 @@ def generate(folder: Path, seed: int, train_flags: Sequence[str]):
     }
     for name, more in flags.items():
         place = "--sample-dir", folder, "--name", name
-        run("sample_ddp.py", "--ckpt", newest_adapter(folder / "generator"), *place, *more, *shlex.split(SAMPLING))
-
-
-def newest_adapter(folder: Path) -> Path:
-    """Return the last adapter of a training."""
-    return max((folder / "adapters").glob("*.safetensors"))
+        study.run(
+            "sample_ddp.py", "--ckpt", study.newest_adapter(folder / "generator"), *place, *more, *shlex.split(SAMPLING)
+        )
 
 
 def count_images(folder: Path, hierarchy: Hierarchy) -> np.ndarray:
@@ -199,10 +194,7 @@ def main():
     )
     args = parser.parse_args()
     held_out = args.out / "held-out"
-    if not held_out.is_dir():
-        part = args.out / "held-out.part"
-        draw.write_images(part, "new", held_out=True, per_class=HELD_OUT_EACH, seed=1)
-        part.rename(held_out)
+    draw.write_images_once(held_out, "new", held_out=True, per_class=HELD_OUT_EACH, seed=1)
 
     rows, reports, kept = {arm: [] for arm in ARMS}, {}, []
     for seed in args.seeds:

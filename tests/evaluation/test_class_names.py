@@ -14,7 +14,7 @@ from evaluation.metrics import Gaussian
 from evaluation.notes import label_notes
 from evaluation.saved_statistics import save_statistics
 from hierarchy import Hierarchy
-from hierarchy.hierarchy import numbered_names
+from hierarchy.checks import numbered_names
 
 OWN = Hierarchy.from_class_names(SPECIES)
 NUMBERED = Hierarchy(numbered_names(len(SPECIES)), OWN.superclasses, OWN.parents, "numbered")

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_models import make, refusal
+from PIL import Image
 
 import train
-from examples.glyphs import draw, extension_study, read, study, taxonomy_study, tune
+from examples.glyphs import curve, draw, extension_study, read, study, taxonomy_study, tune
 from hierarchy import Hierarchy
 from tools import encode_latents
 
@@ -133,6 +134,18 @@ def test_a_study_from_end_to_end(command, here, tmp_path, monkeypatch):
     assert description.hierarchy.parents.equal(
         study.shuffle_superclasses(Hierarchy.load(tmp_path / "data/train"), 0).parents
     )
+    # the curve shows the methods beside full fine-tuning, here the one of bitfit
+    report = json.dumps(rows | {"full": rows["bitfit"]})
+    (tmp_path / "out/runs/full-0").symlink_to(tmp_path / "out/runs/bitfit-0")
+    before = (tmp_path / "out/study.json").read_text()
+    (tmp_path / "out/study.json").write_text(report)
+    draw_curve = "--study", tmp_path / "out", "--out", tmp_path / "curve.png", "--scales", 1, 2
+    result = command(curve.main, *draw_curve)
+    assert result.code == 0 and Image.open(tmp_path / "curve.png").size == (1350, 510), result.err
+    assert curve.count_parameters(tmp_path / "out", "bitfit", 0) > 10_000
+    (tmp_path / "out/study.json").write_text(before)
+    result = command(curve.main, "--study", tmp_path, "--out", tmp_path / "none.png")
+    assert result.code == 2 and "expected the results of a study" in result.err
     # run again: nothing is trained or sampled twice
     monkeypatch.setattr(study, "sample", None)
     before = (tmp_path / "out/study.md").read_text()

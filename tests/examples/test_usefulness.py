@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.tiny_files import tree
 
-from examples.glyphs import draw, usefulness
+from examples.glyphs import draw, study, usefulness
 from hierarchy import Hierarchy
 from tools import filter_images, train_classifier
 
@@ -42,8 +42,8 @@ def test_the_benchmark_on_three_glyphs(command, tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "read_classes", lambda which: THREE)
     draw.write_images(tmp_path / "data/train", "new", held_out=False, per_class=39, seed=0)
     ran, trained, share = [], [], {arm: 0.1 * i for i, arm in enumerate(usefulness.ARMS)}
-    monkeypatch.setattr(usefulness, "run", lambda *words: ran.append([str(word) for word in words]))
-    monkeypatch.setattr(usefulness, "newest_adapter", lambda folder: folder / "adapter")
+    monkeypatch.setattr(study, "run", lambda *words: ran.append([str(word) for word in words]))
+    monkeypatch.setattr(study, "newest_adapter", lambda folder: folder / "adapter")
 
     def list_kept(argv):
         path = argv[argv.index("--out") + 1]

@@ -19,7 +19,7 @@ from evaluation.weights import load_strictly, read_network_weights
 from guidance import hash_integer
 from runtime.processes import agree, run_on_main
 from runtime.progress import progress_bar
-from runtime.text import one_line
+from runtime.text import changed_settings, one_line
 from tools.classifier.data import LabelledImages, StepRows, TrainingCrops
 
 FORMAT = "finediffusion-classifier-1"
@@ -95,12 +95,7 @@ def read_record(path: Path) -> dict | None:
 
 def check_same(record: dict, settings: dict, path: Path):
     """Raise ValueError if a file was made with other settings."""
-    earlier = record["settings"]
-    differ = [
-        f"{key} {earlier.get(key)}, here {settings.get(key)}"
-        for key in earlier | settings
-        if earlier.get(key) != settings.get(key)
-    ]
+    differ = changed_settings(record["settings"], settings)
     if differ:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(differ)}): choose another --out, or train with the settings it "
