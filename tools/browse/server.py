@@ -93,7 +93,7 @@ async def news_of(job: Job, studio: Studio) -> AsyncIterator[str]:
 
 def build_server(studio: Studio, token: str = "") -> uvicorn.Server:
     """Return the server of the page, with as many connections as this process may open files."""
-    about = dict(model=studio.hierarchy.name, names=studio.names, tiers=known_ranks(studio.hierarchy))
+    about = dict(model=studio.adapters[0].about.model, names=studio.names, tiers=known_ranks(studio.hierarchy))
     about |= dict(defaults=studio.defaults, limits={name: limits for name, (_, *limits) in NUMBERS.items()})
     about |= dict(real=bool(studio.images), adapters=[Path(each.about.file).name for each in studio.adapters])
     about |= {name: list(studio.choices[name]) for name in ("guidance", "guide", "sampler")}

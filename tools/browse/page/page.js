@@ -231,6 +231,7 @@ for (const [name, [low, high]] of Object.entries(about.limits)) Object.assign(fi
 $("group").append(...(tiers[0]?.nodes ?? []).map((node, i) => new Option(node, i)));
 $("in").hidden = !tiers.length;
 $("tree").append(...branch(everyone, 0));
-$("model").textContent = `${names.length.toLocaleString("en")} species, model ${about.model}`;
+$("model").textContent = `${names.length.toLocaleString("en")} species, ${about.model}`;
 remember();
 onpopstate();
+input.oninput(); // text that was typed before the names arrived
