@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
         help="balanced: equally many images of each class, within one; random: uniform draws",
     )
     add("--counts", help="instead: a JSON object or CSV file with the number of images of each class, by name or label")
-    add("--fill-to", type=int, metavar="N", help="instead: sample what each class of --data-path lacks to N images")
+    add("--fill-to", type=int, metavar="N", help="instead: sample the images that each class of --data-path lacks to N")
     add("--data-path", help="folder of images that --fill-to fills; it is only read")
     add("--init-images", metavar="DIR", help="vary the images of this folder, those of a class in turn")
     add("--strength", type=float, help="of the variation: 0 is the image itself, 1 ignores it and is plain sampling")
@@ -143,7 +143,7 @@ def collect_settings(
 
 
 def run_name(args: argparse.Namespace, description: ModelDescription) -> str:
-    """Return DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, then what is not default."""
+    """Return DiT-XL-2-NAME-0200000-size-256-vae-mse-cfg-4.0-steps-250-seed-0, then the settings that are not defaults."""
     path = Path(args.ckpt or "pretrained")
     run = [path.parent.parent.name] if path.parent.name == "adapters" else []
     name = "-".join([description.model.replace("/", "-"), *run, path.stem])

@@ -91,7 +91,7 @@ def list_choices(args: argparse.Namespace, compared: Compared, networks: Network
 
 
 def describe_set(images: ImageSet, measured: ComparedSet) -> dict:
-    """Return what the report says about a set."""
+    """Return the record of a set for the report."""
     return {
         "path": str(images.path),
         "kind": images.kind,

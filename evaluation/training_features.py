@@ -1,6 +1,6 @@
 """Features of the training images in a folder of files: computed once, resumed, and used again by later evaluations.
 
-record.json           what the features depend on: network, crop, list of the images
+record.json           everything the features depend on: network, crop, list of the images
 00000.safetensors     features float32 (CHUNK or fewer, d) and digests int64 of the first CHUNK images, and so on; features
                       of unreadable images are NaN; the metadata have the SHA-256 of the arrays
 """

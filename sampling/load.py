@@ -177,7 +177,7 @@ def build_guidance(args: argparse.Namespace, model: DiT, description: ModelDescr
 def tree_settings(args: argparse.Namespace, description: ModelDescription) -> dict:
     """Return the settings of a `Guidance` that name tiers. Raises ValueError if the model has no rows for one."""
     tiers = description.tiers or [SUPERCLASS]
-    steps = [*tiers, description.hierarchy.leaf]  # of a chain, by where they end
+    steps = [*tiers, description.hierarchy.leaf]  # of a chain, named by their lower ends
 
     def place(flag: str, rank: str, names: list[str]) -> int:
         name = names[0] if rank == SUPERCLASS else rank

@@ -11,7 +11,7 @@ from tiered_embedder import TieredEmbedder
 
 
 class GaussianTree(torch.nn.Module):
-    """Exact noise predictions in float64 for Gaussian classes in three tiers: a node is the mean of what is below it.
+    """Exact noise predictions in float64 for Gaussian classes in three tiers: a node is the mean of its classes.
 
     For x = sqrt(a) x_0 + sqrt(1 - a) noise and x_0 ~ N(mean, 1), the noise is predicted by sqrt(1 - a) (x - sqrt(a) mean).
     """

@@ -5,7 +5,7 @@
 `make study-extension` runs it with the settings of the quick start. Adds the eight classes of `draw --set more` to the quick
 start's adapter of 48, from 1, 5 and 39 images per class and with several seeds. `train.py --extend --train rows` and
 `--train all` see the new images alone; the third way trains a model of 56 classes from the base on all images. A classifier
-of 56 classes reads samples of the new and of the old classes: the latter show what is forgotten. The same command resumes.
+of 56 classes reads samples of the new and of the old classes: the latter show forgetting. The same command resumes.
 Writes extension.json and extension.md.
 """
 

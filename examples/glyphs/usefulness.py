@@ -1,4 +1,4 @@
-"""Measure on glyphs whether generated images help a classifier where real images are few.
+"""Measure on glyphs whether generated images help a classifier if real images are few.
 
     python -m examples.glyphs.usefulness --data quickstart --out usefulness --train "--max-steps 800 ..."
 

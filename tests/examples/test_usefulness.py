@@ -68,7 +68,7 @@ def test_the_benchmark_on_three_glyphs(command, tmp_path, monkeypatch):
         assert sorted(len(list(folder.iterdir())) for folder in {file.parent for file in files}) == [1, 6, 39]
         assert not any(face in draw.HELD_OUT for face in {file.stem.split("_", 1)[1] for file in files})
     faces = {file.stem.split("_", 1)[1] for file in (tmp_path / "out/held-out").rglob("*.png")}
-    assert faces == set(draw.HELD_OUT)  # what the classifiers are tried on
+    assert faces == set(draw.HELD_OUT)  # of the images that the classifiers are tried on
     assert {args.test for args in trained} == {str(tmp_path / "out/held-out")}
     assert all("held-out" not in path for args in trained for path in [*args.real, *args.generated])
     assert len(trained) == 12 and len([words for words in ran if words[0] == "sample_ddp.py"]) == 6

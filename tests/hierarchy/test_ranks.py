@@ -1,4 +1,4 @@
-"""Ranks between superclasses and classes: JSON files, deep folders, iNaturalist's names, and what is no tree."""
+"""Ranks between superclasses and classes: JSON files, deep folders, iNaturalist's names, and invalid trees."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_inaturalists_ranks():
     assert built_in.keep().ancestors[0].equal(built_in.parents)
 
 
-# ---- what is no tree -----------------------------------------------------------------------------
+# ---- invalid trees -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_inaturalists_ranks():
         ({"superclasses": ["x"], "parents": [0], "ranks": {"superclass": ["y"]}}, "expected different names"),
     ],
 )
-def test_what_is_no_tree_is_refused(tmp_path, record, words):
+def test_invalid_trees_are_refused(tmp_path, record, words):
     with refusal(words):
         load(tmp_path, record)
 

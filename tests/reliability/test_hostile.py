@@ -31,7 +31,7 @@ BOUND = 256  # MB that a file may take beyond what the process has, whatever it 
 
 def forked(read, path):
     """(MB that `read(path)` took, what came of it), in a process of its own."""
-    gc.collect()  # memory that is freed during the reading, or was before it and is still ours, would hide what it takes
+    gc.collect()  # freed memory that the process still holds would be reused, and would not count
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
     here, there = os.pipe()

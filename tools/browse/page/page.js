@@ -29,7 +29,7 @@ function distance(label, query) {
   return [`\n${query}\n`, `\n${query}`, ` ${query}`, query].findIndex((part) => text.includes(part));
 }
 
-// The tree of labels, from a tier on; what is below a node is made when the node is opened.
+// The tree of labels, from a tier on; the part below a node is made when the node is opened.
 function branch(labels, depth) {
   const tier = tiers[depth], groups = tier && Map.groupBy(labels, (label) => tier.of[label]);
   if (!tier) return [make("ul", {}, ...list(labels))];
