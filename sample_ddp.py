@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
         help="balanced: equally many images of each class, within one; random: uniform draws",
     )
     add("--counts", help="instead: a JSON object or CSV file with the number of images of each class, by name or label")
-    add("--fill-to", type=int, metavar="N", help="instead: sample the images that each class of --data-path lacks to N")
+    add("--fill-to", type=int, metavar="N", help="instead: fill each class of --data-path up to N images")
     add("--data-path", help="folder of images that --fill-to fills; it is only read")
     add("--init-images", metavar="DIR", help="vary the images of this folder, those of a class in turn")
     add("--strength", type=float, help="of the variation: 0 is the image itself, 1 ignores it and is plain sampling")
