@@ -6,6 +6,7 @@
 # make usefulness   measure whether generated glyphs help a classifier, with five seeds: hours
 # make study-taxonomy   compare class tables in three tiers with few images per class: hours
 # make study-extension  compare ways to add classes to the quick start's adapter: an hour or two
+# make study-breadth  compare methods on bases of 1, 2, 5 and 11 blocks: hours
 # make tune         tune methods on the quick start's data, each with the same number of trials: hours
 # make torture      run the reliability tests in full and write benchmarks/reliability.md
 # make gpu          run the tests of a GPU and measure it, in nine minutes, see docs/gpu.md
@@ -24,7 +25,7 @@ ADAPTER := $(RUN)/adapters/0000800.safetensors
 SCALES := 1 2 4
 TINY := --image-size 64 --vae examples/glyphs/vae
 
-.PHONY: test torture lint gpu gpu-quick quickstart demo study study-taxonomy study-extension tune usefulness clean
+.PHONY: test torture lint gpu gpu-quick quickstart demo study study-taxonomy study-extension study-breadth tune usefulness clean
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -101,5 +102,8 @@ study-taxonomy: .venv/installed
 study-extension: .venv/installed $(Q)/train
 	$(PY) -m examples.glyphs.extension_study --data $(Q) --out extension --train "$(TRAIN)"
 
+study-breadth: .venv/installed $(Q)/train
+	$(PY) -m examples.glyphs.breadth_study --data $(Q) --out breadth --train "$(TRAIN) --max-steps 400"
+
 clean:
-	rm -rf $(Q) study tuning usefulness taxonomy extension
+	rm -rf $(Q) study tuning usefulness taxonomy extension breadth

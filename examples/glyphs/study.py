@@ -156,6 +156,19 @@ def compute_metrics(
     return found | {"distance": float(frechet_distance(features_root(read.run_network(features, images)), real))}
 
 
+def make_judge(train: Path, real: Path) -> tuple[Callable, dict[str, float]]:
+    """Train the classifier on a folder of glyphs, and compare with those of another folder.
+
+    Returns measure(images, labels) -> metrics, see `compute_metrics`, and the metrics of the real glyphs themselves.
+    """
+    hierarchy = Hierarchy.load(train)
+    features, reader = read.train_reader(*read.load_images(train, hierarchy), hierarchy.num_classes)
+    images, labels = read.load_images(real, hierarchy)
+    root = features_root(read.run_network(features, images))
+    measure = partial(compute_metrics, reader, features, parents=hierarchy.parents, real=root)
+    return measure, measure(images, labels)
+
+
 def sample_all(
     args: argparse.Namespace,
     adapters: dict[tuple[str, int], Path],
@@ -225,12 +238,7 @@ def main():
     hierarchy = Hierarchy.from_folder(args.data / "train")
     methods = json.loads(args.methods.read_text()) if args.methods else METHODS
     adapters = train_all(args, hierarchy, methods)
-    features, reader = read.train_reader(*read.load_images(args.data / "train", hierarchy), hierarchy.num_classes)
-    images, labels = read.load_images(args.data / "held-out", hierarchy)
-    real = features_root(read.run_network(features, images))
-    measure = partial(compute_metrics, reader, features, parents=hierarchy.parents, real=real)
-
-    found = measure(images, labels)
+    measure, found = make_judge(args.data / "train", args.data / "held-out")
     rows = sample_all(args, adapters, load_autoencoder("examples/glyphs/vae"), measure, SCALES)
     report = json.dumps({REAL: found} | rows, indent=1) + "\n"
     atomic_write(args.out / "study.json", lambda part: part.write_text(report))

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import load_autoencoder
-from evaluation.metrics import features_root
-from examples.glyphs import draw, read, study
+from examples.glyphs import draw, study
 from guidance import Guidance
 from hierarchy import Hierarchy
 from hierarchy.ranks import Rank
@@ -37,7 +36,6 @@ METHODS = {  # name: (flags of train.py, tiers to guide by: their names, whether
     "blocks and letters, random": (TIERS, ("block", "letter"), True),
     "blocks and letters, path, random": ([*TIERS, "--embedder", "path"], ("block", "letter"), True),
 }
-SCALES = study.SCALES
 BATCH = 48  # an image of each class, at least
 MEASURES = (("class", "right class, %", 100, 1), ("distance", "Frechet distance", 1, 2))
 EXAMPLES = """
@@ -85,20 +83,17 @@ def measure_all(args: argparse.Namespace, adapters: dict[Job, Path]) -> dict[str
     folders = {"train": (False, 39), "held-out": (True, 6)}  # faces, images per class of the classifier and its test
     for name, (held_out, count) in folders.items():
         draw.write_images_once(args.out / name, "letters", held_out, count, seed=0)
-    hierarchy = Hierarchy.load(args.out / "train")
-    features, reader = read.train_reader(*read.load_images(args.out / "train", hierarchy), hierarchy.num_classes)
-    real, labels = read.load_images(args.out / "held-out", hierarchy)
-    root = features_root(read.run_network(features, real))
+    measure, of_real = study.make_judge(args.out / "train", args.out / "held-out")
     autoencoder, kept = load_autoencoder("examples/glyphs/vae"), args.out / "figures.json"
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    found["real, other faces"] = study.compute_metrics(reader, features, real, labels, hierarchy.parents, root)
+    found[study.REAL] = of_real
     for (method, images, seed), path in progress_bar(adapters.items(), desc="sampling", unit="adapter"):
         for tier, name in enumerate(METHODS[method][1]):
-            for scale in SCALES:
+            for scale in args.scales:
                 key = f"{method}, guided by {name}|{images}|{seed}|{scale:g}"
                 if key not in found:
-                    sampled = study.sample(path, autoencoder, Guidance("superclass", scale, tier=tier), args.per_class)
-                    found[key] = study.compute_metrics(reader, features, *sampled, hierarchy.parents, root)
+                    guidance = Guidance("superclass", scale, tier=tier)
+                    found[key] = measure(*study.sample(path, autoencoder, guidance, args.per_class))
                     atomic_write(kept, lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
     return found
 
@@ -112,11 +107,11 @@ def tables(args: argparse.Namespace, found: dict[str, dict[str, float]]) -> str:
             for method in methods:
                 values = [
                     [factor * found[f"{method}|{images}|{seed}|{scale:g}"][metric] for seed in args.seeds]
-                    for scale in SCALES
+                    for scale in args.scales
                 ]
                 cells.append([method, *(study.mean_and_deviation(each, digits) for each in values)])
-            header = [f"{title}, {images} image{'s' * (images > 1)} per class", *(f"w = {w:g}" for w in SCALES)]
-            lines += [*markdown_table(header, cells, align="l" + "r" * len(SCALES)), ""]
+            header = [f"{title}, {images} image{'s' * (images > 1)} per class", *(f"w = {w:g}" for w in args.scales)]
+            lines += [*markdown_table(header, cells, align="l" + "r" * len(args.scales)), ""]
     return "\n".join(lines)
 
 
@@ -127,6 +122,7 @@ def main():
     add("--train", required=True, help="flags of train.py that all runs share")
     add("--images", type=int, nargs="+", default=[1, 2, 5, 39], help="images per class")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of images, training and random trees")
+    add("--scales", type=float, nargs="+", default=study.SCALES, help="guidance scales")
     add("--max-steps", type=int, default=400, help="training steps")
     add("--per-class", type=int, default=4, help="images to sample per class")
     add("--jobs", type=int, default=2, help="training runs at a time, each on one core")
@@ -139,7 +135,7 @@ def main():
         paths = progress_bar(pool.map(lambda job: train(args, job), jobs), total=len(jobs), desc="training", unit="run")
         adapters = dict(zip(jobs, paths))
     found = measure_all(args, adapters)
-    real = found["real, other faces"]
+    real = found[study.REAL]
     text = (
         f"{len(args.seeds)} seeds, {args.max_steps} steps, {args.per_class} images of each of 48 classes at each scale; mean and "
         "standard deviation over the seeds. Real glyphs in faces that the classifier never saw: "

@@ -11,12 +11,10 @@ all trials. The same command resumes.
 import argparse
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 
 from autoencoder import load_autoencoder
-from evaluation.metrics import features_root
-from examples.glyphs import draw, read, study
+from examples.glyphs import draw, study
 from hierarchy import Hierarchy
 from runtime.cli import Parser, run_command
 from runtime.files import atomic_write
@@ -59,10 +57,7 @@ def tune(args: argparse.Namespace):
     draw.write_images_once(validation, "new", held_out=False, per_class=6, seed=1)
     todo = {name: flags for method in args.methods for name, flags in trials(method).items()}
     adapters = study.train_all(args, hierarchy, todo)
-    features, reader = read.train_reader(*read.load_images(args.data / "train", hierarchy), hierarchy.num_classes)
-    images, _ = read.load_images(validation, hierarchy)
-    real = features_root(read.run_network(features, images))
-    measure = partial(study.compute_metrics, reader, features, parents=hierarchy.parents, real=real)
+    measure, _ = study.make_judge(args.data / "train", validation)
     rows = study.sample_all(args, adapters, load_autoencoder("examples/glyphs/vae"), measure, [SCALE])
     found = {name: {metric: values[0] for metric, values in row[str(SCALE)].items()} for name, row in rows.items()}
 

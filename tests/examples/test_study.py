@@ -9,7 +9,7 @@ from helpers.tiny_models import make, refusal
 from PIL import Image
 
 import train
-from examples.glyphs import curve, draw, extension_study, read, study, taxonomy_study, tune
+from examples.glyphs import breadth_study, curve, draw, extension_study, read, study, taxonomy_study, tune
 from hierarchy import Hierarchy
 from tools import encode_latents
 
@@ -97,7 +97,7 @@ def here(command, tmp_path, monkeypatch):
         assert result.code == 0, result.err
 
     monkeypatch.setattr(study, "run", run)
-    for module in (study, taxonomy_study, extension_study):
+    for module in (study, taxonomy_study, extension_study, breadth_study):
         monkeypatch.setattr(module, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(study, "STEPS", 2)
     monkeypatch.setattr(read, "STEPS", 5)
@@ -155,9 +155,9 @@ def test_a_study_from_end_to_end(command, here, tmp_path, monkeypatch):
 def test_the_study_of_three_tiers(command, here, tmp_path, monkeypatch):
     methods = ("null row", "blocks and letters, path, random")
     monkeypatch.setattr(taxonomy_study, "METHODS", {name: taxonomy_study.METHODS[name] for name in methods})
-    monkeypatch.setattr(taxonomy_study, "SCALES", (1.0, 2.0))
     monkeypatch.setattr(taxonomy_study, "BATCH", 5)
-    flags = "--out", tmp_path / "out", "--train", TRAIN, "--images", 1, "--seeds", 3, "--max-steps", 2, "--per-class", 1
+    flags = "--out", tmp_path / "out", "--train", TRAIN, "--images", 1, "--seeds", 3, "--max-steps", 2
+    flags += "--per-class", 1, "--scales", 1, 2
     result = command(taxonomy_study.main, *flags)
     assert result.code == 0, result.err
     for guide in ("null row, guided by null", *(f"{methods[1]}, guided by {tier}" for tier in ("block", "letter"))):
@@ -189,3 +189,23 @@ def test_the_study_of_classes_added_later(command, here, tmp_path, monkeypatch):
     assert found["all|1|0"]["old distance"] != pytest.approx(found["before"]["old distance"], rel=1e-3)
     assert all("new distance" in found[f"{way}|1|0"] for way in extension_study.WAYS)
     assert result.out.count("| from the start |") == 1
+
+
+def test_the_study_of_bases(command, here, tmp_path, monkeypatch):
+    data = {"base": {"Arrows": [0x2190, 0x2191], "Cyrillic": [0x416], "Georgian": [0x10D0]}, "new": SIX}
+    (tmp_path / "glyphs.json").write_text(json.dumps(data))
+    for faces, per_class in (("train", 2), ("held-out", 12)):
+        draw.write_images(tmp_path / "data" / faces, "new", faces == "held-out", per_class, seed=0)
+    monkeypatch.setattr(breadth_study, "METHODS", {"full": breadth_study.METHODS["full"]})
+    monkeypatch.setattr(breadth_study, "BASE", [*breadth_study.BASE, "--global-batch-size", 2])
+    few = "--base-steps", 2, "--base-images", 2, "--seeds", 0, "--per-class", 1, "--scales", 2, "--blocks", 2
+    flags = "--data", tmp_path / "data", "--out", tmp_path / "out", "--train", TRAIN, *few
+    result = command(breadth_study.main, *flags)
+    assert result.code == 0, result.err
+    assert result.out.count("\n| 2 |") == 3  # metrics
+    out = tmp_path / "out/blocks-2"
+    base = study.newest_adapter(out / "base")
+    assert study.load_adapted(base)[1].hierarchy.superclasses == ("Arrows", "Cyrillic")
+    assert study.load_adapted(study.newest_adapter(out / "runs/full-0"))[1].base.path == str(base)
+    monkeypatch.setattr(study, "sample", None)
+    assert command(breadth_study.main, *flags).out == result.out  # nothing is trained or sampled twice
