@@ -23,7 +23,7 @@ class TieredEmbedder(nn.Module):
     dropout_prob       probability in 0..1 of replacing a label by an ancestor: its superclass or, with equal probabilities,
                        its node in any tier
     parents            int64 (num_classes,): the superclass of each class, in 0..num_super_classes-1; or (tiers, num_classes):
-                       its node in each tier. It is no part of the state dict. If it is None, a single superclass gets all
+                       its node in each tier. It is not part of the state dict. If it is None, a single superclass gets all
                        classes; otherwise rows can be looked up but no label can be dropped
     null_row           add a null row at the end of the table. Labels become it only if `force_drop_ids` is 2
     ranks              number of nodes of each tier below the superclasses
@@ -120,9 +120,7 @@ class TieredEmbedder(nn.Module):
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
             labels = self.token_drop(labels, force_drop_ids)
         embedding = self.embedding_table(labels)
-        for rows in (
-            self.ancestors[:, labels] if self.path else ()
-        ):  # (N,) of each tier; a row is no ancestor of its own
+        for rows in self.ancestors[:, labels] if self.path else ():  # (N,) of each tier; a row is not its own ancestor
             embedding = embedding + self.embedding_table(rows) * (rows != labels)[:, None]
         return embedding
 

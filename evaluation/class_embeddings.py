@@ -57,7 +57,7 @@ def read_class_embeddings(path: str | os.PathLike) -> tuple[torch.Tensor, dict]:
             raise ValueError("an embedding is not of length 1")
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no file of class embeddings ({one_line(error)}), expected one of tools.class_embeddings: write it "
+            f"{path} is not a file of class embeddings ({one_line(error)}), expected one of tools.class_embeddings: write it "
             "again."
         ) from None
     return embeddings.float(), record

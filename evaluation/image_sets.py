@@ -173,7 +173,7 @@ def open_set(path: str | os.PathLike, trusted: bool = False) -> ImageSet:
 def open_second(path: str | os.PathLike, fake: ImageSet, hierarchy: Hierarchy | None, seed: int) -> Folder:
     """Open the second real set, the folder of --floor, and keep as many random images of each class as FAKE has.
 
-    Raises ValueError if it is no folder, or has fewer than 2 of these images, or if FAKE has no labels.
+    Raises ValueError if it is not a folder, or has fewer than 2 of these images, or if FAKE has no labels.
     """
     if fake.labels is None:
         raise ValueError(f"{fake.path} holds statistics, expected images for --floor DIR to match: drop the flag.")

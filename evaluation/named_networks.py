@@ -3,7 +3,7 @@
 Beside a file of weights may lie two more:
 
     config.json       of a timm model, as the Hugging Face Hub has it: mean, deviation and size of the input, label names
-    STEM.classes.txt  beside the classifier STEM.pt, STEM.safetensors, ...: the class of each output, one a line
+    STEM.classes.txt  beside the classifier STEM.pt, STEM.safetensors, ...: the class of each output, one per line
 """
 
 import json
@@ -122,7 +122,7 @@ def read_class_names(file: Path) -> list[str]:
     except UnicodeDecodeError:
         names = []
     if "" in names or len(set(names)) < len(names) or not names:
-        raise ValueError(f"{file} is no list of class names, expected a different one on each line: write it again.")
+        raise ValueError(f"{file} is not a list of class names, expected a different one on each line: write it again.")
     return names
 
 

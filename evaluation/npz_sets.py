@@ -138,7 +138,7 @@ class Arrays:
         self.classes = self.read_classes(members) if "classes" in members and self.labelled else None
 
     def read_classes(self, members: dict[str, Member]) -> list[str]:
-        """Return the names of the classes. Raises ValueError if they are no list of unique names that has all labels."""
+        """Return the names of the classes. Raises ValueError if they are not a list of unique names that has all labels."""
         names = read_array(self.path, members, "classes", "U")
         if names.ndim != 1 or len(set(names.tolist())) < len(names) or not self.given.max() < len(names):
             raise ValueError(

@@ -95,7 +95,7 @@ def add_network_flags(add: Callable):
         "--classifier",
         metavar="[NAME:]MODEL[@SIZE]=FILE",
         help="classifier of the data's classes, in the same forms, for the accuracy; its outputs are in the order of the "
-        "classes, or of the names in a file STEM.classes.txt beside FILE, one a line; if not given, none",
+        "classes, or of the names in a file STEM.classes.txt beside FILE, one per line; if not given, none",
     )
     add(
         "--class-embeddings",

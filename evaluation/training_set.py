@@ -13,7 +13,7 @@ def open_training(path: str, sets: list[ImageSet], hierarchy: Hierarchy | None) 
 
     sets: REAL and FAKE, labelled
 
-    Raises ValueError if it is no folder, if it is REAL or FAKE, if one of these holds statistics, or if it lacks classes
+    Raises ValueError if it is not a folder, if it is REAL or FAKE, if one of these holds statistics, or if it lacks classes
     that FAKE has.
     """
     for each in sets:

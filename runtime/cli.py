@@ -54,7 +54,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError for an unknown or malformed flag.
 
-    examples: command lines for the end of --help, one a line.
+    examples: command lines for the end of --help, one per line.
     """
 
     def __init__(self, *, examples: str = "", **options):

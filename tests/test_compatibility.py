@@ -1,7 +1,7 @@
-"""Files that the version before the modules moved into packages wrote (tests/golden/before/make.py) are still read.
+"""Files written before the modules moved into packages (tests/golden/before/make.py) still load.
 
-They are adapters of a DiT of 60 thousand numbers, a run at step 3 of 5, cached latents, and a whole and a half folder of
-samples. What is computed from them must have that version's bits, where plain torch has the bits it had there.
+They are adapters of a DiT of 60 thousand parameters, a run at step 3 of 5, cached latents, and a complete and an incomplete
+folder of samples. Results from them must equal that version's bit for bit, if torch itself rounds here as it did there.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def probe():
 
 @pytest.fixture(scope="module")
 def agree():
-    """agree(found, expected): tensors bit for bit where torch rounds as it did there, else nearly; pixels within 1."""
+    """Return agree(found, expected): equal bit for bit if torch rounds as it did there, otherwise nearly; pixels within 1."""
     exact = probe() == RECORD["probe"]
 
     def agree(found, expected, atol=1e-5):

@@ -27,7 +27,7 @@ PLACEHOLDER = "..."
 
 
 def shell_lines(page):
-    """Yield the commands of the bash blocks of a page, one a line, with `for` loops written out."""
+    """Yield the commands of the bash blocks of a page, one per line, with `for` loops written out."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         text = block.replace("\\\n", " ")
 

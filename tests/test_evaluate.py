@@ -41,7 +41,7 @@ def report(sets, command, tmp_path_factory):
 
 
 def values_of(report):
-    """{"overall.lpips": 0.1, ...}: all numbers among the report's metrics."""
+    """Return {"overall.lpips": 0.1, ...} of all numbers among the report's metrics."""
     values = {}
 
     def walk(node, name):

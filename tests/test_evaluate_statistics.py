@@ -1,4 +1,4 @@
-"""Statistics of evaluate.py instead of images: those of others, those it refuses, and what it writes for others."""
+"""Statistics in place of images: foreign files, files that are refused, and files written for other programs."""
 
 import json
 

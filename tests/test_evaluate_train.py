@@ -263,7 +263,7 @@ def test_bad_ranks_and_class_embeddings_are_refused(sets, command, tmp_path):
         (("--class-embeddings", "file.safetensors"), ["--class-embeddings needs an image tower"]),
         (
             ("--classifier", sets / "classifier.pt", "--class-embeddings", tmp_path / "file.safetensors"),
-            ["file.safetensors is no file of class embeddings"],
+            ["file.safetensors is not a file of class embeddings"],
         ),
     ):
         assert_refused(command, tmp_path, words, *both, *flags)

@@ -41,7 +41,7 @@ PROGRAMS = [
 
 
 class Captured(Exception):
-    """Carries the parser that a program has made."""
+    """Raised with the parser that a program has made."""
 
 
 def parsers_of(name):
@@ -118,7 +118,7 @@ def test_two_examples_parse(prog):
 
 RUN_EACH = """
 import os, runpy, sys
-import numpy  # the one slow import that is left, once for all
+import numpy  # the only slow import left, done once for all
 
 folder, *programs = sys.argv[1:]
 for program in programs:

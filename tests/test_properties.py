@@ -1,4 +1,4 @@
-"""What holds for any hierarchy, any order of a training and any file of weights; of guidance see test_guidance.py."""
+"""Properties of any hierarchy, any order of training and any file of weights. Those of guidance: test_guidance.py."""
 
 import json
 from dataclasses import replace
@@ -125,8 +125,8 @@ def runs(draw):
 @given(runs())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_no_image_comes_twice_or_is_missed(run):
-    """Over runs that stop at any step and go on with any number of processes: within an epoch, each image once at most,
-    and as many as whole batches hold; the steps are those of one process that never stops."""
+    """A run may stop at any step and resume on any number of processes: its steps are those of one uninterrupted process.
+    Within an epoch each image comes at most once, and as many come as fill whole batches."""
     n, batch, seed, parts, steps = run
     found = []
     for (start, world), end in zip(parts, [*(start for start, _ in parts[1:]), steps]):
@@ -148,7 +148,7 @@ def test_no_image_comes_twice_or_is_missed(run):
 def test_an_epoch_of_whole_batches_shows_every_image_once(n, seed, epoch):
     whole, single = StepBatches(n, n, seed).rows(epoch).tolist(), StepBatches(n, 1, seed)
     assert sorted(whole) == list(range(n))
-    assert [single.rows(epoch * n + k).item() for k in range(n)] == whole  # the order is not the batch size's
+    assert [single.rows(epoch * n + k).item() for k in range(n)] == whole  # the order does not depend on the batch size
 
 
 # ---- files of weights -------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ FORMS = ({"format": ADAPTER}, {"format": STATE, "data": "abc", "settings": {"lr"
 
 @st.composite
 def tensors(draw, finite=True):
-    """Any bits, in any type and shape, of a floating-point type finite numbers unless they need not be."""
+    """Draw any bits of any type and shape; floating-point numbers are finite unless allowed otherwise."""
     dtype = getattr(torch, draw(st.sampled_from(TYPES)))
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     generator = torch.Generator().manual_seed(draw(SEED))
@@ -175,7 +175,7 @@ def tensors(draw, finite=True):
     tensor = bits.view(dtype).squeeze(-1)
     if finite and dtype.is_floating_point:
         tensor = torch.where(tensor.double().isfinite(), tensor.double(), 0.0).to(dtype)
-    return tensor.transpose(0, -1) if len(shape) > 1 else tensor  # which is not contiguous
+    return tensor.transpose(0, -1) if len(shape) > 1 else tensor  # not contiguous
 
 
 NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -30,7 +30,7 @@ STEPS = "--num-sampling-steps", "3"
 
 @pytest.fixture
 def run(command, tmp_path):
-    """run(*flags) -> the pictures in the order of their paths, {path: uint8 (H, W, 3)}; the folder is new each time."""
+    """Return run(*flags), which samples into a new folder and returns {path: uint8 (H, W, 3)} in the order of paths."""
 
     def run(*flags):
         folder = tmp_path / "out"
@@ -51,7 +51,7 @@ def equal(a, b):
 
 
 def assert_near(a, b):
-    """The same pictures, but for float sums in another order: at most 1 of 255, in at most 1 % of the numbers."""
+    """Return whether pictures are equal up to rounding: they differ by at most 1 of 255, in at most 1% of the values."""
     assert a.keys() == b.keys()
     difference = np.abs(np.stack([a[name].astype(int) - b[name] for name in a]))
     assert difference.max() <= 1 and (difference > 0).mean() <= 0.01
@@ -64,7 +64,7 @@ def test_writes_the_pictures_of_base_and_adapter(run, adapter, tmp_path):
     latents = sample_latents(model, [3, 3], [0, 1], seed=0, cfg_scale=4.0, steps=3)
     for i, image in enumerate(to_uint8(latents)):
         difference = pictures[f"pug/00000{i}.png"].astype(int) - image.permute(1, 2, 0).numpy()
-        assert abs(difference).max() <= 1  # of rounding, in another batch
+        assert abs(difference).max() <= 1  # rounding in another batch
         assert image.float().std() > 10
     with Image.open(tmp_path / "out/grid.png") as grid:
         assert grid.width == 2 * 100 + 4 and grid.height > 5 * 100  # a row of two per class
@@ -220,7 +220,7 @@ def test_a_hierarchy_gives_names_to_an_adapter_with_numbers(run, adapter, tmp_pa
 
 @pytest.fixture
 def asked(adapter, monkeypatch):
-    """asked(*flags) -> (model, its guidance, description) as sample.py makes them of the flags."""
+    """Return asked(*flags), which returns the model, guidance and description that sample.py makes from the flags."""
 
     def asked(*flags, ckpt=adapter):
         monkeypatch.setattr("sys.argv", ["sample.py", "--ckpt", str(ckpt), *map(str, flags)])
@@ -234,7 +234,7 @@ def asked(adapter, monkeypatch):
 
 @torch.no_grad()
 def guides(model, guidance, x, t, labels):
-    """What a class is pushed away from: the guided prediction at scale 0."""
+    """Return the prediction that a class is guided away from: the guided one at scale 0."""
     assert guidance.scale == 0 and guidance.channels == "all"
     return guided(model, labels, guidance, [(0, i) for i in range(len(x))])(x, t)[:, : model.in_channels]
 
@@ -264,7 +264,7 @@ def test_domain_guidance_is_by_the_plain_dit_before_the_fine_tune(asked, adapter
         assert model(X, T, Y).equal(own)
     swapped = sum(tensor.numel() for tensor in guidance.other_weights.values())
     trained = sum(tensor.numel() for tensor in read_weights(adapter)[0].values())
-    assert swapped == trained - 7 * 256 + 256  # of the class table one row
+    assert swapped == trained - 7 * 256 + 256  # one row of the class table
 
 
 @torch.no_grad()
@@ -324,7 +324,7 @@ def test_official_checkpoint_with_a_hierarchy(run, images, official, tmp_path):
     assert list(pictures) == sorted(f"{name}/000000.png" for name in NAMES)
     # the EMA is sampled, not the weights beside it
     ema = torch.load(official, weights_only=False)["ema"]
-    for prefix in ("", "module."):  # as DistributedDataParallel calls them
+    for prefix in ("", "module."):  # as named by DistributedDataParallel
         torch.save({prefix + name: tensor for name, tensor in ema.items()}, tmp_path / "ema.pt")
         assert equal(run("--ckpt", tmp_path / "ema.pt", *PIXELS, *counts, "--hierarchy", path), pictures)
 

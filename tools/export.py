@@ -93,7 +93,7 @@ def null_row(table: TieredEmbedder, names: tuple[str, ...], query: str | None = 
     names: the superclasses, in the order of their rows
     query: name or index of a superclass; None chooses the table's own null row
 
-    Raises ValueError if `query` is no superclass, or is None and the table has no null row.
+    Raises ValueError if `query` is not a superclass, or is None and the table has no null row.
     """
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     if query is None and not table.has_null:

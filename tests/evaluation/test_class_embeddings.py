@@ -91,7 +91,7 @@ def test_bad_files_are_refused(tmp_path, name):
     changes, embeddings, words = BAD[name]
     path = save(tmp_path / "classes.safetensors", embeddings, **changes)
     with refusal(
-        "classes.safetensors is no file of class embeddings", re.escape(words), "expected one of tools.class_emb"
+        "classes.safetensors is not a file of class embeddings", re.escape(words), "expected one of tools.class_emb"
     ):
         read_class_embeddings(path)
 
@@ -101,10 +101,10 @@ def test_other_files_are_refused(tower, tmp_path):
     with refusal("There is no file", "classes.safetensors"):
         read_class_embeddings(path)
     path.write_bytes(b"<html>")
-    with refusal("is no file of class embeddings"):
+    with refusal("is not a file of class embeddings"):
         read_class_embeddings(path)
     save_file({"x": torch.zeros(1)}, path)
-    with refusal("is no file of class embeddings"):
+    with refusal("is not a file of class embeddings"):
         read_class_embeddings(path)
     # embeddings of another model
     one = torch.nn.functional.normalize(torch.ones(5, 6), dim=1)

@@ -227,7 +227,7 @@ def test_class_names_beside_a_classifier(tmp_path):
     assert networks.match_outputs(network, 5, PETS).tolist() == [0, 1, 2, 3, 4]
     for text in ("", "a\n\nb\n", "a\na\n"):
         file.write_text(text)
-        with refusal("test_resnet.classes.txt is no list of class names"):
+        with refusal("test_resnet.classes.txt is not a list of class names"):
             named_network(spec, "logits")
 
 

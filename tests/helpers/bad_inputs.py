@@ -36,7 +36,7 @@ def dit(**sizes):
 
 
 def described(**changes):
-    """The adapter with other words in its description, or in that of its base."""
+    """Change the description of the adapter, or that of its base."""
 
     def make(path, file):
         tensors, description = read_weights(file("adapter"))
@@ -74,7 +74,7 @@ def vegfru_list(path, file):
 
 
 def nan(source, name):
-    """A file of weights with one NaN in the tensor `name`."""
+    """Write weights with one NaN in the tensor `name`."""
 
     def make(path, file):
         tensors, description = read_weights(file(source))

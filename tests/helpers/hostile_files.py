@@ -1,4 +1,4 @@
-"""Files made to harm, and what reads them: pickles that run something, bombs, descriptions that ask for what they should not."""
+"""Malicious files and their readers: pickles that run code, archive bombs, descriptions with forbidden paths."""
 
 import bz2
 import json
@@ -29,7 +29,7 @@ LARGE = 10**12
 
 
 class Trap:
-    """What a pickle would run: it leaves a folder behind."""
+    """The code in a pickle: running it leaves a folder behind."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -103,7 +103,7 @@ def tensor(shape, end, dtype="F32"):
 
 
 def described(**changes):
-    """An adapter without a base, whole and with its hash, that says it is something else."""
+    """Write an intact adapter without a base that claims to be of another kind."""
 
     def write(path, trap):
         pets = Hierarchy(("lynx", "pug"), ("cats", "dogs"), [0, 1], "pets")
@@ -118,7 +118,7 @@ def described(**changes):
 
 
 def packed(*texts, times=1):
-    """An adapter, whole and with its hash, whose hierarchy unpacks to `texts`, so many times over."""
+    """Write an intact adapter whose hierarchy unpacks to many repetitions of `texts`."""
 
     def write(path, trap):
         about = json.dumps({"format": ADAPTER})
@@ -165,7 +165,7 @@ def deflated_array(path, trap):
 
 
 def shaped(name, text):
-    """An .npz with one array, of which there is only the header."""
+    """Write an .npz with one array that consists of its header alone."""
 
     def write(path, trap):
         with zipfile.ZipFile(path, "w") as archive:
@@ -212,11 +212,11 @@ ARRAYS = {
 
 
 def read_checkpoint(path):
-    """What sample.py does with --ckpt, and train.py with --resume."""
+    """Read a file as sample.py --ckpt and train.py --resume do."""
     load_adapted(path) if is_adapter(path) else load_full_weights(path)
 
 
-READERS = [  # what reads it, files
+READERS = [  # reader, files
     (read_checkpoint, PICKLES | SAFETENSORS),
     (read_network_weights, PICKLES),
     (open_set, ARRAYS),

@@ -62,7 +62,7 @@ def write_set(root, size, each, seed, names=NAMES):
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory):
-    """A folder with the sets `real` (30 images of 50 pixels) and `fake` (20 of 40), and TorchScript networks."""
+    """Make a folder with the sets `real` (30 images of 50 pixels) and `fake` (20 of 40), and TorchScript networks."""
     root = tmp_path_factory.mktemp("sets")
     write_set(root / "real", 50, 6, seed=1)
     write_set(root / "fake", 40, 4, seed=2)

@@ -1,4 +1,4 @@
-"""How a program answers a mistake of its user, for the tests of all programs; pictures that Pillow does not write."""
+"""Assert that a program refuses a user's mistake in one sentence; write PNGs of kinds that Pillow does not write."""
 
 import re
 import struct
@@ -17,7 +17,7 @@ def refused(result, *words):
 
 
 def write_png(path, width, height, depth, rows=None):
-    """A whole PNG without colours (1 bit a pixel, black) or of 16 bits: `rows`, big-endian RGB (height, width, 3)."""
+    """Return a black PNG of 1 bit per pixel, or one of 16 bits with `rows`, big-endian RGB (height, width, 3)."""
     squeeze, line = zlib.compressobj(), bytes(1 + width * depth // 8)
     data = [squeeze.compress(line if rows is None else b"\0" + rows[i].tobytes()) for i in range(height)]
     head = struct.pack(">IIBBBBB", width, height, depth, 0 if rows is None else 2, 0, 0, 0)

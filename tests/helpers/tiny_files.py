@@ -33,7 +33,7 @@ def write_images(root, size, classes=CLASSES, each=4):
 
 
 def random_dit(seed=0, affine=False, **sizes):
-    """Weights of a DiT-Ti/2 in the official form, no layer zero; a plain DiT has no LayerNorm affine."""
+    """Return non-zero weights of a DiT-Ti/2 in the official form; a plain DiT has no LayerNorm affine."""
     model = DiT_models["DiT-Ti/2"](**sizes)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -46,7 +46,7 @@ def random_dit(seed=0, affine=False, **sizes):
 
 
 def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more):
-    """An adapter as train.py writes it, with random numbers in it -> its path."""
+    """Write a random adapter in the form of train.py; return its path."""
     description = described(hierarchy, method, base=Base(str(base), sha256(base)), **more)
     model = build_model(description)
     counts = dict(num_classes=hierarchy.num_classes, num_super_classes=model.y_embedder.num_super_classes)
@@ -59,7 +59,7 @@ def write_adapter(path, base, hierarchy, method="finediffusion", seed=3, **more)
 
 
 def rewritten(adapter, path, **changes):
-    """The adapter with other numbers in its tensors and `changes` in its description, from an earlier step."""
+    """Write the adapter with other values and `changes` in its description, as of an earlier step."""
     tensors, description = read_weights(adapter)
     tensors = {
         name: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(9)) for name, t in tensors.items()
@@ -71,12 +71,12 @@ def rewritten(adapter, path, **changes):
 
 
 def tree(folder):
-    """{path: its bytes} of all below a folder, to tell that nothing was written."""
+    """Return {path: bytes} of all files below a folder, to show that nothing was written."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
 
 
 def save_record(path, tensors, record, hierarchy):
-    """A file with any description, intact and with its digest."""
+    """Write an intact file with any description."""
     packed = torch.frombuffer(bytearray(archive.pack_hierarchy(hierarchy.to_dict())), dtype=torch.uint8)
     tensors = {name: t.contiguous() for name, t in tensors.items()} | {PACKED: packed}
     write_tensors(path, tensors, file_metadata(tensors, json.dumps(record)))

@@ -1,4 +1,4 @@
-"""What the tests of the parts share: golden files, and a DiT of 60 thousand numbers in which nothing is zero."""
+"""Golden files, a DiT of 60 thousand non-zero parameters, and assertions that many tests share."""
 
 import json
 import re
@@ -31,19 +31,19 @@ tiny_dit = partial(TinyDiT, input_size=8, num_classes=5, num_super_classes=2, pa
 
 
 def described(hierarchy, method="finediffusion", **more):
-    """The description in an adapter of a DiT-Ti/2 of 8 pixels."""
+    """Return the description of an adapter of a DiT-Ti/2 for 8 pixels."""
     about = dict(model="DiT-Ti/2", image_size=8, latent_size=8, channels=3, vae="none", method=method, step=7)
     about |= lora_fields(method)
     return ModelDescription(**about | dict(embedder=METHODS[method].embedder, hierarchy=hierarchy) | more)
 
 
 def lora_fields(method, rank=2, targets="all"):
-    """The fields of a description that belong to low-rank updates."""
+    """Return the fields of a description that belong to low-rank updates."""
     return dict(lora_rank=rank, lora_targets=targets) if "lora" in METHODS[method].trains else {}
 
 
 def make(root, *files):
-    """Empty files below `root`."""
+    """Make empty files below `root`."""
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def make(root, *files):
 
 
 def golden(name):
-    """(tensors by name, metadata) of tests/golden/<name>.safetensors."""
+    """Return (tensors by name, metadata) of tests/golden/<name>.safetensors."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         return tensors, json.loads(file.metadata()["json"])
@@ -60,7 +60,7 @@ def golden(name):
 
 @torch.no_grad()
 def awake(model, seed=0, std=0.1):
-    """The model with noise on every parameter: at its start DiT's prediction is zero, which would hide all the rest."""
+    """Add noise to every parameter: a fresh DiT predicts zero, which would hide everything else."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name != "pos_embed":
@@ -69,13 +69,13 @@ def awake(model, seed=0, std=0.1):
 
 
 def same(a, b):
-    """Two state dicts, bit for bit."""
+    """Return whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 @contextmanager
 def refusal(*words):
-    """A mistake of the user: a ValueError of one line and one sentence (but for a quoted reason), the words in it, in order."""
+    """Expect a ValueError of one line and one sentence (except in a quoted reason) that has the words in this order."""
     with pytest.raises(ValueError, match=".*".join(words)) as caught:
         yield
     text = str(caught.value)

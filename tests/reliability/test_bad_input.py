@@ -1,4 +1,4 @@
-"""A user's mistakes: one sentence on stderr, exit code 2, nothing written."""
+"""A user's mistake gives one sentence on stderr and exit code 2, and nothing is written."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from tools import encode_latents
 
 @pytest.fixture(scope="module")
 def whole(images, base, official, adapter, command, tmp_path_factory):
-    """{name: path} of the inputs with nothing wrong in them."""
+    """Return {name: path} of valid inputs."""
     root = tmp_path_factory.mktemp("whole")
     flags = [*PIXELS, "--data-path", images, "--num-workers", 0]
     assert command(encode_latents.main, *flags, "--out", root / "latents").code == 0
@@ -32,10 +32,10 @@ def whole(images, base, official, adapter, command, tmp_path_factory):
     return names | dict(state=state, latents=latents, vae=vae)
 
 
-# ---- commands, in which "@name" is the file or folder that MAKE[name] writes ---------------------
+# ---- commands; "@name" stands for the file or folder that MAKE[name] writes ------------------------
 
 PIXELS = ["--vae", "none", "--image-size", "8"]
-COMMANDS = {  # that work: a case changes flags, and "-" takes one away
+COMMANDS = {  # all work; a case changes flags, and "-" removes one
     "train": (
         train.main,
         "--vae none --image-size 8 --model DiT-Ti/2 --data-path @images --resume @base --results-dir out "
@@ -225,7 +225,7 @@ def parsed(line):
 
 
 def flags_of(line):
-    """{flag: its values} of a command line."""
+    """Return {flag: values} of a command line."""
     flags, name = {}, None
     for word in line:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""Files that changed on the disk: a bit, a stretch, an end, or a whole file for another; all of it is noticed."""
+"""Damage to files on disk is noticed: flipped bits, overwritten ranges, truncation, and swapped files."""
 
 import random
 from collections import Counter
@@ -27,7 +27,7 @@ ALL, SHORT = 1500, 75
 LATENTS = ("moments.npy", "labels.npy", "images.txt", "latents.json")
 
 
-# ---- ways to change a file: (its bytes, random.Random) -> other bytes -----------------------------
+# ---- ways to damage a file: (bytes, random.Random) -> other bytes ---------------------------------
 
 
 def flip(content, chance):
@@ -36,7 +36,7 @@ def flip(content, chance):
 
 
 def flip_head(content, chance):
-    """A bit where names, shapes and descriptions stand."""
+    """Flip a bit in the header, which holds names, shapes and descriptions."""
     end = min(len(content), 2000)
     return flip(content[:end], chance) + content[end:]
 
@@ -55,7 +55,7 @@ def insert(content, chance):
 
 
 def exchange(content, chance):
-    """Two stretches of a file for each other."""
+    """Swap two ranges of the file."""
     length = chance.randrange(1, len(content) // 3)
     a, b = chance.randrange(len(content) // 3), chance.randrange(len(content) // 2, len(content) - length)
     parts = (
@@ -69,7 +69,7 @@ def exchange(content, chance):
 
 
 def wipe(content, chance):
-    """A block of zeros, as a file system may leave it."""
+    """Zero a block, as a file system may do after a crash."""
     at = chance.randrange(len(content))
     return content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :]
 
@@ -78,7 +78,7 @@ WAYS = (flip, flip_head, cut, grow, insert, exchange, wipe)
 
 
 def changed(content, chance):
-    """(other bytes, how)."""
+    """Return the damaged bytes and the name of the damage."""
     while True:
         way = chance.choice(WAYS)
         other = way(content, chance)
@@ -86,13 +86,12 @@ def changed(content, chance):
             return other, way.__name__
 
 
-# ---- files, and what reads them ------------------------------------------------------------------
+# ---- files and their readers ---------------------------------------------------------------------
 
 
 @dataclass
 class Case:
-    """A file, the function that reads it, which says "damaged" by a ValueError with `words`, and other whole files that
-    could lie there."""
+    """A file, the function that reads it and reports damage as a ValueError with `words`, and other valid files of its kind."""
 
     path: object
     read: Callable
@@ -114,7 +113,7 @@ def described(model="tiny", **changes):
 
 
 def state(path, seed=0, **changes):
-    """A training state of a tiny model, random."""
+    """Return a random training state of a tiny model."""
     torch.manual_seed(seed)
     model = awake(build_model(described()), seed)
     parameters = select(model, METHODS["finediffusion"])
@@ -159,14 +158,14 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def whole(tiny, tmp_path):
-    """{kind: Case} of files with nothing wrong in them."""
+    """Return {kind: Case} of valid files."""
     base, other = plain(tmp_path / "base.pt"), plain(tmp_path / "other.pt", seed=1)
     here, there = tmp_path / "latents", tmp_path / "others"
     write_latents(here)
     write_latents(there, seed=1)
     latents.write_metadata(there, {"images": 4, "chunk": 3}, NAMES[::-1], torch.tensor([0, 1, 2, 2]), ["", ""], [])
     path = adapter(tmp_path / "adapter.safetensors", base)
-    # another run's state is whole, and is told by what it was begun with
+    # another run's state is valid; its record of the start gives it away
     strangers = dict(
         seed=dict(settings=dict.fromkeys(DECISIVE_FLAGS, 1)), data=dict(data="xyz"), model=dict(image_size=32)
     )
@@ -200,7 +199,7 @@ def whole(tiny, tmp_path):
 def test_a_changed_file_is_noticed(whole, cases, figure):
     del whole["statistics"]
     count, found, missed = cases(SHORT, full=ALL), Counter(), []
-    kinds = [*whole, "state", "adapter"]  # half of them in what a training stands on
+    kinds = [*whole, "state", "adapter"]  # training states and adapters twice as often
     chance = random.Random(0)
     for case in whole.values():
         case.read(case.path)
@@ -241,7 +240,7 @@ def test_the_state_before_a_changed_one_is_used(tiny, tmp_path, cases, figure):
 
 
 def test_a_state_of_another_step_is_taken_as_a_whole(tiny, tmp_path):
-    """It is the same run's, and brings its step along with its numbers: the two cannot come apart."""
+    """It belongs to the same run and contains its step number, so weights and step always match."""
     paths = [state(tmp_path / f"{step}.safetensors", seed=step, step=step) for step in (7, 8)]
     expected = read_weights(paths[0])[0]
     paths[0].replace(paths[1])
@@ -249,11 +248,11 @@ def test_a_state_of_another_step_is_taken_as_a_whole(tiny, tmp_path):
     assert same(tensors, expected) and description.step == 7
 
 
-# ---- statistics and files of others: a checksum of the zip for each member -------------------------
+# ---- statistics and foreign files: zip archives with a checksum for each member --------------------
 
 
 def noticed_or_harmless(case, values, count, chance):
-    """(changes noticed, changes without any effect); a zip has fields that nobody reads, such as dates."""
+    """Return (changes noticed, changes without effect); a zip has fields that nobody reads, such as dates."""
     expected, content, harmless = values(case.path), case.path.read_bytes(), 0
     for _ in range(count):
         other, way = changed(content, chance)
@@ -290,13 +289,13 @@ def test_changed_checkpoints_of_others_are_noticed(whole, cases, figure):
 
 
 def with_header(content, change):
-    """A safetensors file with `change(header)` of its JSON, the data as they are."""
+    """Return a safetensors file with its JSON header changed by `change(header)` and the same data."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = change(content[8:end])
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-VALID = {  # other contents, in a header that safetensors takes
+VALID = {  # other contents in a header that safetensors accepts
     "dtype": lambda header: header.replace(b'"F32"', b'"I32"', 1),
     "shape": lambda header: header.replace(b'"shape":[5,32]', b'"shape":[32,5]', 1),
     "name": lambda header: header.replace(b"qkv.bias", b"vkq.bias", 1),
@@ -308,7 +307,7 @@ VALID = {  # other contents, in a header that safetensors takes
     "no hash": lambda header: header.replace(b'"sha256":', b'"sha265":'),
     "no text": lambda header: header.replace(b'"json":', b'"jsno":'),
 }
-SPELT = {  # the same contents, otherwise written
+SPELT = {  # the same contents in another spelling
     "spaces": lambda header: header + b" " * 8,
     "line break": lambda header: header.rstrip() + b"\n",
     "escape": lambda header: header.replace(b'"format":"pt"', b'"format":"\\u0070t"'),
@@ -331,9 +330,8 @@ def test_another_content_in_a_valid_header_is_noticed(change, whole):
 def test_the_same_content_may_be_spelt_otherwise(change, whole):
     path = whole["adapter"].path
     content, (tensors, description) = path.read_bytes(), read_weights(path)
-    tensors = {
-        name: tensor.clone() for name, tensor in tensors.items()
-    }  # they were mapped, and the file is written over
+    # copied, since the file they are mapped from is overwritten
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     other = with_header(content, change)
     assert other != content
     path.write_bytes(other)

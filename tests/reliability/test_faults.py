@@ -31,7 +31,7 @@ FLAGS = [*SAVING, *"--num-workers 1 --preview-images 2 --keep-states 1".split()]
 
 @pytest.fixture(scope="module")
 def run(images, base, tmp_path_factory):
-    """run(name, steps, *flags, **options of launch) -> exit codes of a training in the folder run.root / name."""
+    """Return run(name, steps, *flags, **options of launch), which trains in run.root / name and returns the exit codes."""
     root = tmp_path_factory.mktemp("faults")
 
     def flags(name, steps, *more):
@@ -51,7 +51,7 @@ def run(images, base, tmp_path_factory):
 
 
 def die_in_step(count):
-    """Have this process be killed when the losses of its step of this number (from 0) have been added."""
+    """Kill this process after the losses of a step (from 0) have been added."""
     add, left = logger.MetricLogger.add_step, [count]
 
     def added(log, *arguments):
@@ -64,11 +64,11 @@ def die_in_step(count):
 
 
 def a_kill(draw, world, steps, seconds):
-    """Options of `launch` for a death at a random moment: by the clock, at an operation of a file or in a step."""
+    """Return options of `launch` for a kill at a random moment: by the clock, at a file operation, or in a step."""
     victim, kind = draw.randrange(world), draw.choice(("clock", "clock", "operation", "step"))
     if kind == "clock":
         return {"kill": (draw.choice(([victim], range(world))), draw.random() * seconds)}
-    if kind == "operation":  # the main process does them all
+    if kind == "operation":  # only the main process has any
         count = draw.randrange(4 * steps)
         return {"prepare": lambda rank: rank == 0 and die_at(count)}
     count = draw.randrange(steps)
@@ -108,7 +108,7 @@ EVENTS = ["open", *(f"os.{name}" for name in "rename remove mkdir rmdir chmod tr
 
 
 def at_operations(root, act, step=6):
-    """Have `act(name, path)` called before each operation of a file while `step` is logged and saved; "end" after the last.
+    """Call `act(name, path)` before each file operation while `step` is logged and saved, and with "end" after the last.
 
     They are those below `root` that Python itself reports, whoever asks for them, with fsync and the writer of safetensors.
     """
@@ -116,7 +116,7 @@ def at_operations(root, act, step=6):
 
     def met(name, path=""):
         if armed and (path.startswith(str(root)) or not path):
-            armed.clear()  # what `act` does is no operation of the save
+            armed.clear()  # file operations of `act` itself do not count
             act(name, path)
             armed.append(True)
 
@@ -147,7 +147,7 @@ def size(path):
 
 @pytest.fixture(scope="module")
 def saving(run):
-    """A run before step 6 is saved (the state of step 3 is there), what comes out of it, and the operations of that save.
+    """A run just before it saves step 6 (it has the state of step 3), its outcome, and the operations of that save.
 
     They are [name, path, sizes of the file before and after]; the folder run.root / "at" / number is as it was before it.
     """
@@ -173,14 +173,14 @@ def saving(run):
 
 
 def limits(operation):
-    """Numbers of bytes within what the operation writes: the first, half, all but the last."""
+    """Return sizes at which the written file is cut: the first byte, half, all but the last byte."""
     _, path, before, after = operation
-    last = [after - 1] * path.endswith(".part")  # rows and lines of the log tell times: their lengths differ
+    last = [after - 1] * path.endswith(".part")  # log lines contain times, so their lengths differ
     return sorted({before, (before + after) // 2, *last}) if after > before else []
 
 
 def strike(root, number, limit, deadly):
-    """Have the operation of this number kill this process or, not `deadly`, fail: at once or when the file exceeds `limit`."""
+    """Kill this process at an operation or, unless `deadly`, let it fail: at once, or when the file exceeds `limit`."""
     met = []
 
     def act(name, path):
@@ -210,28 +210,28 @@ UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 def struck(run, saving, moment, world, deadly):
-    """Exit codes of a run struck at `moment`: (number of an operation, limit or None); afterwards it has gone on to its end."""
+    """Strike a run at `moment`, (number of the operation, limit or None), and resume it to the end; return the exit codes."""
     folder = run.root / "struck"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run.root / f"template{world}", folder)
     prepare = partial(strike, run.root, *moment, deadly)
     codes = run("struck", 8, world=world, prepare=lambda rank: rank == 0 and prepare(), patience=0 if deadly else 60)
     said = (run.root / "err0").read_text()
-    assert deadly or -signal.SIGKILL not in codes.values()  # the others leave of themselves
+    assert deadly or -signal.SIGKILL not in codes.values()  # the others exit by themselves
     path, _, _ = latest_valid_state(list_states(folder), pytest.fail)
     assert path.stem in ("0000003", "0000006") or not worst(codes)
-    lost = {"0000006.png"} if moment[0] > state_written(saving) else set()  # a preview, which is drawn after the state
+    lost = {"0000006.png"} if moment[0] > state_written(saving) else set()  # the preview is drawn after the state
     assert worst(run("struck", 8, world=world)) == 0 and set(differences(folder, saving.expected[world])) <= lost, (
         moment
     )
-    assert not list(folder.rglob(".*"))  # what was half written is gone
+    assert not list(folder.rglob(".*"))  # no partial files remain
     return codes, said
 
 
 @pytest.mark.reliability("R2", "after each file operation of a save: a state that loads, and no incomplete file")
 def test_each_operation_of_a_save_leaves_a_state(run, saving, figure):
     names = [operation[0] for operation in saving.operations]
-    kinds = Counter(names)  # of the grid, the adapter and the state; the state before is removed
+    kinds = Counter(names)  # of the grid, the adapter and the state; the previous state is removed
     assert kinds["os.rename"] == kinds["os.remove"] - 1 == 3 and kinds["fsync"] == 6
     steps, before = [], outcome(run.root / "template1")
     for number in range(len(names)):
@@ -272,7 +272,7 @@ def test_failing_in_a_save(run, saving, cases, figure):
     chosen = random.Random(1).sample(moments, min(len(moments), cases(2, full=len(moments))))
     for i, moment in enumerate(chosen):
         codes, said = struck(run, saving, moment, 1 + i % 2, deadly=False)
-        if codes[0] == 0:  # the folder to be made is there already, or a preview failed
+        if codes[0] == 0:  # the folder existed already, or only the preview failed
             log = (run.root / "struck/log.txt").read_text()
             assert saving.operations[moment[0]][0] == "os.mkdir" or "The preview of step 6 failed" in log, moment
             continue
@@ -280,12 +280,12 @@ def test_failing_in_a_save(run, saving, cases, figure):
     figure(f"{len(chosen)} of {len(chosen)}, of {len(moments)} moments")
 
 
-# ---- torchrun: asked to leave, and workers that are lost -----------------------------------------
+# ---- torchrun: interrupts and lost workers -------------------------------------------------------
 
 
 @contextmanager
 def torchrun(run, name, steps, *options, more=()):
-    """A real torchrun of two processes, started and not left behind; what it says goes to the file run.root / "said"."""
+    """Start a real torchrun of two processes and end it with the test; its output goes to run.root / "said"."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     command = [*program, "train.py", *map(str, run.flags(name, steps, *more))]
     with open(run.root / "said", "w") as said:
@@ -299,7 +299,7 @@ def torchrun(run, name, steps, *options, more=()):
 
 
 def waited(process, function, *arguments, count):
-    """function(*arguments) as soon as it has `count` items."""
+    """Wait until function(*arguments) has `count` items, and return them."""
     end = time.monotonic() + 120
     while len(found := function(*arguments)) < count:
         assert process.poll() is None and time.monotonic() < end, (function.__name__, arguments)
@@ -312,12 +312,12 @@ def lines(path):
 
 
 def running(*flags):
-    """Ids of the processes that pgrep finds by these flags."""
+    """Return the ids of the processes that pgrep finds with these flags."""
     return [int(number) for number in subprocess.run(["pgrep", *flags], capture_output=True, text=True).stdout.split()]
 
 
 def workers_of(process, before):
-    """Those of a torchrun, but for those that are known from `before`."""
+    """Return the ids of the workers of a torchrun that are not in `before`."""
     return [number for number in running("-P", str(process.pid), "-f", "train.py") if number not in before]
 
 
@@ -347,7 +347,7 @@ def test_signals_to_torchrun(run, cases, figure):
 
 
 def test_an_error_nobody_foresaw_ends_the_process(run):
-    """Although the workers of its DataLoader ignore the signal by which they are ended, so that torchrun can start anew."""
+    """Although the DataLoader's workers ignore SIGTERM, torchrun can restart."""
     fault = "import train; train.train_step = None; train.run_command(train.main)"
     command = [sys.executable, "-c", fault, *map(str, run.flags("fault", 4))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -367,8 +367,8 @@ def test_lost_workers(run, cases, figure):
             for _ in range(min(3, wanted - lost)):
                 workers = waited(process, workers_of, process, workers, count=2)
                 if draw.random() < 0.5:
-                    time.sleep(8 * draw.random())  # while it begins
-                else:  # so many lines after it began
+                    time.sleep(8 * draw.random())  # during startup
+                else:  # after this many rows of metrics
                     waited(process, lines, log, count=len(lines(log)) + draw.randrange(1, 11))
                 os.kill(draw.choice(workers), signal.SIGKILL)
                 lost += 1

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or not ours, and two launches into one folder: a sentence, and nothing that is half."""
+"""Full and read-only disks, missing permissions, two launches into one folder: one sentence, and no partial files."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from training.folder import list_states
 from training.state import latest_valid_state
 
 FLAGS = [*SAVING, "--preview-images", "2"]
-PAGE, PATIENT = 4096, {"patience": 60}  # when one process fails, the others have to leave by themselves
+PAGE, PATIENT = 4096, {"patience": 60}  # if one process fails, the others must exit by themselves
 FULL = "No space left on device", "File too large"
 
 
@@ -36,7 +36,7 @@ FULL = "No space left on device", "File too large"
 
 @contextmanager
 def mounted(folder, *commands):
-    """Path of what commands mount on a new folder, as a process of its own sees it; None where that is not allowed."""
+    """Return the path of a new mount as another process sees it, or None if mounting is not allowed."""
     folder.mkdir()
     if not shutil.which("unshare"):
         yield None
@@ -50,7 +50,7 @@ def mounted(folder, *commands):
 
 
 class Disk:
-    """A file system of 16 MB or, where none can be mounted, a folder and a limit to every file."""
+    """A file system of 16 MB or, if none can be mounted, a folder with a limit on the size of each file."""
 
     def __init__(self, path, folder):
         self.path, self.limited = path or folder, path is None
@@ -61,9 +61,9 @@ class Disk:
         return space.f_bavail * space.f_frsize
 
     def leave(self, room):
-        """Let so many bytes be free, or be the most in a file."""
+        """Leave this many bytes free, or limit each file to them."""
         if self.limited:
-            self.limit = max(room, 4 * PAGE)  # what the program says goes to a file, too
+            self.limit = max(room, 4 * PAGE)  # the program's output is a file too
         elif self.free() > room:
             with open(self.ballast, "w") as file:
                 os.posix_fallocate(file.fileno(), 0, self.free() - room)
@@ -73,7 +73,7 @@ class Disk:
         self.ballast.unlink(missing_ok=True)
 
     def prepare(self, rank):
-        """For `launch`."""
+        """Return options of `launch`."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 
@@ -84,19 +84,19 @@ def disk(tmp_path):
 
 
 def used(folder):
-    """What the files below a folder take of a disk."""
+    """Return the disk space that the files below a folder take."""
     return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file())
 
 
 def said(folder, rank=0):
-    """The last line on stderr, below the progress bar."""
+    """Return the last line on stderr, below the progress bar."""
     text = (folder / f"err{rank}").read_text()
     assert "Traceback" not in text, text
     return text.split("\r")[-1].strip().split("\n")[-1]
 
 
 def check_refusal(codes, folder, program, *words):
-    """Every process left with code 2 and one sentence, which has one of the words."""
+    """Assert that every process exited with code 2 and one sentence that has one of the words."""
     assert set(codes.values()) == {2}, [(folder / f"err{rank}").read_text()[-2000:] for rank in codes]
     for rank in codes:
         line = said(folder, rank)
@@ -108,7 +108,7 @@ def check_refusal(codes, folder, program, *words):
 
 @pytest.fixture(scope="module")
 def run(images, base, tmp_path_factory):
-    """run(folder, steps, *flags, **options of launch) -> exit codes of a training in that folder."""
+    """Return run(folder, steps, *flags, **options of launch), which trains there and returns the exit codes."""
     root = tmp_path_factory.mktemp("disk")
 
     def run(folder, steps, **options):
@@ -123,7 +123,7 @@ def run(images, base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(run):
-    """whole(world) -> (the folder of a run of eight steps, what comes out of it); each is made when first asked for."""
+    """Return whole(world), which returns the folder and the outcome of a run of eight steps, made on first use."""
     made = {}
 
     def whole(world):
@@ -137,7 +137,7 @@ def whole(run):
 
 
 def begin(folder, finished):
-    """Make the folder that of a run which was killed after its first state."""
+    """Reset the folder to that of a run killed after its first state."""
     shutil.copytree(finished, folder)
     for path in folder.rglob("*"):
         if path.stem in ("0000006", "0000008"):
@@ -145,12 +145,12 @@ def begin(folder, finished):
 
 
 def check_whole(folder, expected):
-    """All files below a run's folder are whole, and those of the undisturbed run; logs may end within a line."""
+    """Assert that all files of a run equal those of the undisturbed run; logs may end within a line."""
     assert not list(folder.rglob(".*"))
     for path in folder.rglob("*.safetensors"):
         tensors, description = read_weights(path)
         name = f"{path.parent.name} {path.stem}"
-        known = expected if name in expected else {}  # of states, the last
+        known = expected if name in expected else {}  # the last state only
         assert all(known.get(f"{name} {key}", content) == content for key, content in numbers(tensors))
         assert description == known.get(name, description)
     for path in folder.glob("samples/*"):
@@ -178,7 +178,7 @@ def test_training_on_a_full_disk(run, whole, disk, cases, figure):
             begin(folder, finished)
             state = list_states(folder)[0]
         need = used(finished) - used(folder) if not disk.limited else list_states(finished)[0].stat().st_size
-        share = ((case + draw.random()) / count) ** 4  # more of the small ones, where the logs do not fit
+        share = ((case + draw.random()) / count) ** 4  # mostly small ones, at which even the logs do not fit
         rooms.append(int(share * (need - PAGE)) // PAGE * PAGE)
         disk.leave(rooms[-1])
         before = state and state.read_bytes()
@@ -195,7 +195,7 @@ def test_training_on_a_full_disk(run, whole, disk, cases, figure):
 
 
 def grown(disk):
-    """Options of `launch` for a disk that fills up after the program has found room on it."""
+    """Return options of `launch` for a disk that fills up after the program has checked for space."""
 
     def prepare(rank):
         disk.prepare(rank)
@@ -217,12 +217,12 @@ def test_sampling_on_a_full_disk(adapter, tmp_path, disk, cases, figure):
 
     assert worst(run(tmp_path)) == 0
     reference, count, draw = files(tmp_path, "x"), cases(2, full=10), random.Random(0)
-    need = used(tmp_path / "x") + PAGE  # rows and digests are there beside the npz
+    need = used(tmp_path / "x") + PAGE  # the npz and, beside it, rows and digests
     for case in range(count):
         world = 1 + case % 2
         disk.leave(int((case + draw.random()) / count * need) // PAGE * PAGE)
         codes = run(disk.path, world=world, **grown(disk))
-        first = next(rank for rank in codes if codes[rank])  # the others miss it
+        first = next(rank for rank in codes if codes[rank])  # the others lose contact with it
         check_refusal({first: codes[first]}, tmp_path, "sample_ddp.py", *FULL)
         found = files(disk.path, "x")
         assert all(found[path] == reference[path] for path in found if path not in ("/rows", "/digests"))
@@ -308,7 +308,7 @@ def test_a_state_that_may_not_be_read(run, whole, tmp_path):
 
 
 def together(folder, owner, name):
-    """Have each of two processes be a launch of its own, and call owner.name when both are about to call it."""
+    """Make each of two processes a launch of its own, and let both call owner.name at the same moment."""
 
     def prepare(rank):
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -341,7 +341,7 @@ def test_two_trainings(run, whole, tmp_path, cases, figure):
         finished, expected = whole(1)
         if case % 2:
             begin(folder, finished)
-            (folder / "states/.0000006.safetensors.1.part").touch()  # of the kill
+            (folder / "states/.0000006.safetensors.1.part").touch()  # left by the kill
         codes = run(folder, 8, **together(tmp_path, setup, "lock_run_dir"))
         check_one_refused(codes, run.root, "train.py", "Another process is training in")
         assert not differences(folder, expected) and not list(folder.rglob(".*"))

@@ -1,4 +1,4 @@
-"""Numbers that are none: all processes stop at one step, which is named with its images, and no file takes one in."""
+"""Non-finite numbers: all processes stop at the same step, the message names its images, and no file gets one."""
 
 import json
 import math
@@ -33,7 +33,7 @@ VALUES = math.nan, math.inf, -math.inf
 
 @pytest.fixture(scope="module")
 def run(images, base, command, tmp_path_factory):
-    """run(name, steps, *flags, latents=None, **options of launch) -> exit codes of a training in run.root / name."""
+    """Return run(name, steps, *flags, latents=None, **options of launch), which trains and returns the exit codes."""
     root = tmp_path_factory.mktemp("numbers")
     encode = "--vae", "none", "--image-size", 8, "--num-workers", 0, "--out", root / "latents"
     assert command(encode_latents.main, "--data-path", images, *encode).code == 0
@@ -51,7 +51,7 @@ def run(images, base, command, tmp_path_factory):
 
 
 def by_steps(seen, spoil, step):
-    """Have train.py write each step (from 0) that it begins to the file `seen`, with `spoil()` in force during `step`."""
+    """Let train.py record each step (from 0) that it begins in the file `seen`, with `spoil()` active during `step`."""
     one_step = train.train_step
 
     def stepped(args, run, now, *batch):
@@ -65,7 +65,7 @@ def by_steps(seen, spoil, step):
 
 
 def replaced(owner, name, after):
-    """Replace a function by itself and `after(what it returns)` -> what takes it back."""
+    """Make a function pass its result through `after`; return the function that undoes this."""
     function = getattr(owner, name)
 
     def replacement(*arguments, **options):
@@ -78,7 +78,7 @@ def replaced(owner, name, after):
 
 
 def put(value, row):
-    """What puts `value` at one place of a row of a tensor."""
+    """Return a function that puts `value` at one place of a row of a tensor."""
 
     def put(tensor):
         tensor.view(len(tensor), -1)[row, -1] = value
@@ -98,7 +98,7 @@ def spoil_autoencoder(value, row):
 
 
 def spoil_gradient(value, row):
-    """Before it is exchanged."""
+    """Spoil the gradient before the all-reduce."""
     forward_backward = train.forward_backward
 
     def spoiled(accelerator, model, *rest):
@@ -113,7 +113,7 @@ def spoil_gradient(value, row):
 
 
 def spoil_exchanged(value, row):
-    """The gradient after the exchange: of one process alone."""
+    """Spoil the gradient after the all-reduce, on one process alone."""
     norm = torch.nn.utils.get_total_norm
 
     def spoiled(gradients):
@@ -128,13 +128,13 @@ SPOIL = {
     "loss": spoil_loss,
     "gradient": spoil_gradient,
     "autoencoder": spoil_autoencoder,
-    "latent": lambda value, row: lambda: None,  # in the file of the cache
+    "latent": lambda value, row: lambda: None,  # it is spoiled in the cache itself
     "exchanged": spoil_exchanged,
 }
 
 
 def spoiled_latents(source, target, image, value):
-    """A copy of cached latents with a number of one image replaced, in both flips, and the hashes of what it holds."""
+    """Copy cached latents with one number of an image replaced, in both flips, and correct hashes."""
     shutil.copytree(source, target)
     info = read_sealed(target / "latents.json")
     moments = np.load(target / "moments.npy", mmap_mode="r+")
@@ -147,12 +147,12 @@ def spoiled_latents(source, target, image, value):
     return target
 
 
-# ---- all of them -----------------------------------------------------------------------------------
+# ---- all processes stop --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def begun(run):
-    """begun(world, latents) -> a run of three steps, the outcome of eight; each is made when it is first asked for."""
+    """Return begun(world, latents), which returns a run of three steps and the outcome of eight, made on first use."""
     made = {}
 
     def begun(world, latents):
@@ -170,14 +170,14 @@ def begun(run):
 
 
 def sentence(data, what, step, rows):
-    """How the message begins where the rows of the batch of a step (from 0) went wrong."""
+    """Return the start of the message about rows of the batch of a step (from 0)."""
     images, t = StepBatches(len(data), 4, 0).rows(step), draw_step_noise(0, step, 4, SHAPE, True, 0.1, 0.0, "cpu")["t"]
     names = shorten(f"{data.paths[int(images[i])]} at timestep {t[i]}" for i in rows)
     return f"train.py: At step {step + 1} the {what} is non-finite (images {names}), expected finite numbers: "
 
 
 def check_finite(folder):
-    """Every number of every file of a run is one."""
+    """Assert that all numbers in all files of a run are finite."""
     for path in folder.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in read_weights(path)[0].values()), path
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -185,7 +185,7 @@ def check_finite(folder):
 
 
 def check_stop(run, begun, kind, value, world, step, row):
-    """A run with one number spoiled, in a row of the batch of a step (from 0): how it ends, and that it can go on.
+    """Spoil one number in a row of the batch of a step (from 0); check how the run ends, and that it resumes.
 
     The step is one of the first epoch, which shows every image once: the cached latents are spoiled in the file.
     """
@@ -206,7 +206,7 @@ def check_stop(run, begun, kind, value, world, step, row):
     assert codes == dict.fromkeys(range(world), 2)
     of_all = kind in ("gradient", "exchanged")
     begins = sentence(run.data, "gradient" if of_all else "loss", step, range(4) if of_all else [row])
-    last = step + (step + 1) % 2  # losses are looked at after an even number of steps
+    last = step + (step + 1) % 2  # losses are checked every two steps
     for rank in range(world):
         said = (run.root / f"err{rank}").read_text()
         line = said.split("\r")[-1].strip().split("\n")[-1]
@@ -219,7 +219,7 @@ def check_stop(run, begun, kind, value, world, step, row):
     }
     check_finite(folder)
     latents = latents and run.root / "latents"
-    assert not any(run(name, STEPS, latents=latents, world=world).values())  # the fault has passed
+    assert not any(run(name, STEPS, latents=latents, world=world).values())  # without the fault
     assert not differences(folder, expected)
     check_finite(folder)
 
@@ -241,7 +241,7 @@ def test_all_processes_stop_at_one_step(run, begun, cases, figure):
     figure(f"{len(tried)} of {len(tried)}")
 
 
-# ---- passed over -----------------------------------------------------------------------------------
+# ---- --on-nonfinite skip -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -260,12 +260,12 @@ def test_a_step_can_be_passed_over(kind, run):
     assert not any(before[name].equal(states[5][0][name]) for name in kept)
     rows = [json.loads(line) for line in (run.root / f"skip-{kind}/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 0] and rows[2]["loss"] > 0
-    for tensors, _ in states:  # but for the losses of the row that is begun: what was passed over is counted by them
+    for tensors, _ in states:  # except the losses of the current row, which count the skipped steps
         assert all(tensor.isfinite().all() for name, tensor in tensors.items() if not name.startswith("row/"))
 
 
 def test_after_a_bad_step_nothing_moves_until_the_run_stops():
-    """The optimizer is not asked: the device alone holds it back, and for good."""
+    """The optimizer holds all later steps back on the device, without asking the host."""
     p = torch.nn.Parameter(torch.ones(3))
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW([p], lr=0.1, fused=True))

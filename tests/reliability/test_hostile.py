@@ -1,4 +1,4 @@
-"""Files that were made to harm: none is run, none fills more memory than a bound, and each is refused in one sentence."""
+"""Malicious files: no code runs, memory stays bounded, and each file is refused in one sentence."""
 
 import ast
 import ctypes
@@ -23,15 +23,15 @@ from evaluation.weights import PUBLISHED, load_strictly
 from hierarchy import Hierarchy, archive
 from hierarchy.layouts import folder_names
 
-BOUND = 256  # MB that a file may take beyond what the process has, whatever it says
+BOUND = 256  # MB that reading a file may add to the memory of the process
 
 
 # ---- R4 ------------------------------------------------------------------------------------------
 
 
 def forked(read, path):
-    """(MB that `read(path)` took, what came of it), in a process of its own."""
-    gc.collect()  # freed memory that the process still holds would be reused, and would not count
+    """Return the MB that `read(path)` took and its result, measured in a process of its own."""
+    gc.collect()  # otherwise memory that was freed but not returned would hide the growth
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
     here, there = os.pipe()
@@ -73,7 +73,7 @@ def test_nothing_is_run_and_nothing_inflates(tmp_path, cases, figure):
 
 
 def test_the_traps_would_have_worked(tmp_path):
-    """Without the precautions: code runs, and memory fills."""
+    """Control: without the precautions, code runs and memory fills."""
     pickle.loads(pickle.dumps(wrapped(Trap(tmp_path / "sprung"))))
     assert (tmp_path / "sprung").exists()
     deflated(tmp_path / "deflated.pt", None)
@@ -95,7 +95,7 @@ def test_files_in_the_official_forms_are_read(base, official, adapter, tmp_path,
     figure("4 of 4: plain and with model, ema, opt and args; zip and legacy")
 
 
-# ---- what a file may ask for ---------------------------------------------------------------------
+# ---- names in files ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
@@ -126,7 +126,7 @@ def test_weights_of_other_floats(dtype, tmp_path):
 
 
 def test_an_adapter_cannot_have_its_autoencoder_downloaded(tmp_path, monkeypatch):
-    """Of names that are no folder, only the two published ones are asked for."""
+    """Of names that are not folders, only the two published ones are downloaded."""
     from diffusers import AutoencoderKL
 
     asked = []
@@ -179,10 +179,10 @@ def test_names_of_classes_stay_in_their_folder(tmp_path):
 
 # ---- promises about the sources ------------------------------------------------------------------
 
-PLACES = {  # what is done in so many files and in no others
+PLACES = {  # calls that are allowed in these files only
     "torch.load": {"torch_files.py"},
-    "torch.save": {"export.py", "features.py"},  # the forms of others; in memory, for torch-fidelity to read
-    "torch.jit.load": {"named_networks.py"},  # a program that the user names as one
+    "torch.save": {"export.py", "features.py"},  # foreign formats; in memory, for torch-fidelity to read
+    "torch.jit.load": {"named_networks.py"},  # a program that the user names explicitly
     "urllib.request.urlopen": {"download.py"},
 }
 NEVER = re.compile(
@@ -211,7 +211,7 @@ def test_no_pickle_is_written_or_trusted_and_no_text_is_run():
         assert options.get("allow_pickle", "False") == "False" and options.get("shell", "False") == "False", where
         assert options.get("pretrained", "False") == "False", where
         if name.startswith("subprocess."):
-            assert isinstance(node.args[0], ast.List), where  # words, no line for a shell
+            assert isinstance(node.args[0], ast.List), where  # a list of words, not a shell command
     assert places == PLACES
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -63,10 +63,10 @@ def read_kept(path: str | os.PathLike) -> dict:
         if record["format"] != KEPT_FORMAT or not isinstance(record["folder"], str):
             raise ValueError(f"its format is {record['format']!r}")
         if not all(isinstance(name, str) for name in record["images"]):
-            raise ValueError("its images are no names")
+            raise ValueError("its images are not names")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no list of images ({one_line(error)}), expected one of tools.filter_images, or a folder: name another."
+            f"{path} is not a list of images ({one_line(error)}), expected one of tools.filter_images, or a folder: name another."
         ) from None
     return record
 

@@ -84,7 +84,7 @@ def read_record(path: Path) -> dict | None:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["json"])
         if record["format"] != FORMAT:
-            raise ValueError("it is no classifier")
+            raise ValueError("it is not a classifier")
     except (SafetensorError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"{path} is damaged or no classifier ({one_line(error)}), expected one of this tool: remove it or choose another "

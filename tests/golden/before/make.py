@@ -67,7 +67,7 @@ def probe():
 
 
 def train_and_go_on():
-    """Leave the run as it was at step 3, in a row of metrics -> what its second start makes: (adapter, metrics)."""
+    """Reset the run to step 3, within a row of metrics; return the adapter and metrics of its resumption."""
     command(train.main, TRAIN)
     for name in ("log.txt", "adapters/0000005.safetensors", "states/0000005.safetensors"):
         os.unlink(f"run/{name}")
