@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend
 
 PANELS = (("class", "right class, %", 100), ("distance", "Frechet distance", 1))
+TICKS = (1, 2, 3, 5, 10)  # %
 EXAMPLES = """
     python -m examples.glyphs.curve --study study --out curve.png
 """
@@ -55,11 +56,16 @@ def draw(args: argparse.Namespace):
             ax.errorbar(
                 share, [mean[m] for m in others], errors, color=color, marker="o", ms=4, lw=1, label=f"w = {scale:g}"
             )
-        for method in others:
+        for i, method in enumerate(others):
             name = method.replace("finediffusion+lora, ", "LoRA ").replace("finediffusion", "the paper's")
             place = 100 * counts[method] / full, mean[method]  # at the last scale
-            ax.annotate(name, place, xytext=(0, 6), textcoords="offset points", fontsize=6, rotation=40)
+            side = (
+                dict(xytext=(-2, -5), ha="right", va="top") if i % 2 else dict(xytext=(2, 5))
+            )  # below and above in turn
+            ax.annotate(name, place, textcoords="offset points", fontsize=6, rotation=40, **side)
         ax.set(xscale="log", xlabel="trained parameters, % of full fine-tuning (dashed)", ylabel=title)
+        ax.set_xticks(TICKS, TICKS)
+        ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.savefig(args.out, dpi=150)
