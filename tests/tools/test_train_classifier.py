@@ -280,7 +280,9 @@ def test_bad_files_and_other_settings(train, command, colours, tmp_path):
         train("x", *real, "--seed", 1), "x.safetensors was made with other settings (seed 0, here 1): choose another"
     )
     (tmp_path / "list.json").write_text('{"format": "other", "folder": "x", "images": []}')
-    refused(train("y", *real, "--generated", tmp_path / "list.json"), "list.json is not a list of images (its format is")
+    refused(
+        train("y", *real, "--generated", tmp_path / "list.json"), "list.json is not a list of images (its format is"
+    )
     record = {"format": "finediffusion-kept-images-1", "folder": str(colours / "made"), "images": ["cats/lynx/9.png"]}
     (tmp_path / "list.json").write_text(json.dumps(record))
     refused(
